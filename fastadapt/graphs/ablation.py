@@ -1,7 +1,9 @@
 """Ablate features at single positions of a text, in the free-running model.
 
-An ablated activation is subtracted from the output of its adapter, and every later part computes
-with the change. Copies of the text with different ablations run as one batch.
+An ablated activation is subtracted from the output of its layer's MLP, and every later part
+computes with the change: in the stream ``replacement`` the base's MLPs and the adapters, in the
+stream ``target`` the target's own MLPs. Copies of the text with different ablations run as one
+batch.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ import torch
 from torch import Tensor
 
 from fastadapt.graphs.attribution import Leaves, Target
+from fastadapt.graphs.trace import Trace
+from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.replacement import Mode, ReplacementModel
 
 
 @dataclass(frozen=True)
 class Surgery:
-    """Changes of adapters' outputs in copies of one text, a set of features per copy.
+    """Changes of MLPs' outputs in copies of one text, a set of features per copy.
 
     Attributes:
         sets: indices of leaves, one tensor per copy.
         keep: subtract the features that are *not* in the set.
-        held: adapters do not react to the change: their other activations stay those of the trace.
+        held: only the base's MLPs react to the change: what the trace's MLPs add to their outputs,
+            features included, stays that of the trace.
     """
 
     sets: Sequence[Tensor]
@@ -35,79 +40,79 @@ class Surgery:
 
 
 @torch.no_grad()
-def run(
-    model: ReplacementModel,
-    ids: Tensor,
-    target: Target,
-    mode: Mode = "replacement",
-    surgery: Surgery | None = None,
-    leaves: Leaves | None = None,
-) -> Tensor:
-    """Return a target's value in each copy of a text, ``[copies]``, in the free-running model."""
-    copies = 1 if surgery is None else len(surgery.sets)
-    inputs = model.block_inputs(ids.expand(copies, -1), None)
+def run(model: ReplacementModel, ids: Tensor, target: Target, mode: Mode) -> Tensor:
+    """Return a target's value in copies of a text, ``[copies]``, in the free-running model.
+
+    Args:
+        model: the replacement model.
+        ids: ``[copies, T]``.
+        target: the quantity, of the MLP's input of a layer or of the final state.
+        mode: which model.
+    """
+    inputs = model.block_inputs(ids, None)
     hidden, given = inputs.hidden, []
     with ExitStack() as stack:
-        if surgery is not None:
-            assert leaves is not None
-            stack.enter_context(_operating(model, surgery, leaves, len(ids)))
         if target.layer is not None:
             hook = model.mlps[target.layer].register_forward_pre_hook(
                 lambda _, args: given.append(args[0])
             )
             stack.callback(hook.remove)
         for layer, arguments in enumerate(inputs.arguments):
-            hidden, _ = model.block(layer, hidden, arguments, mode, return_codes=True)
+            hidden, _ = model.block(layer, hidden, arguments, mode)
             model.reshard_layer(layer)
     state = model.final_norm(hidden, mode) if target.layer is None else given[0]
     return target.measure(state[:, target.position])
 
 
+def run_changed(trace: Trace, leaves: Leaves, target: Target, surgery: Surgery) -> Tensor:
+    """Return a target's value after each change, ``[copies]``, in the model of the trace."""
+    with _operating(trace, surgery, leaves):
+        ids = trace.ids.expand(len(surgery.sets), -1)
+        return run(trace.model, ids, target, trace.mode)
+
+
 @contextmanager
-def _operating(
-    model: ReplacementModel, surgery: Surgery, leaves: Leaves, n_tokens: int
-) -> Iterator[None]:
-    """Change the adapters' outputs inside the context."""
-    n = model.n_features
+def _operating(trace: Trace, surgery: Surgery, leaves: Leaves) -> Iterator[None]:
+    """Change the outputs of MLPs inside the context."""
+    model, n_tokens = trace.model, trace.n_tokens
     per_layer: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     for copy, indices in enumerate(surgery.sets):
         for layer in range(model.n_layers):
             mine = indices[leaves.layer[indices] == layer]
             token = copy * n_tokens + leaves.position[mine]
-            per_layer[layer].append(token * n + leaves.feature[mine])
+            per_layer[layer].append(token * model.n_features + leaves.feature[mine])
     with ExitStack() as stack:
         for layer, mlp in enumerate(model.mlps):
             keys = torch.cat(per_layer[layer]).to(model.device)
-            rows = slice(leaves.first[layer], leaves.first[layer + 1])
-            held = None
-            if surgery.held:
-                held = tuple(
-                    part[rows].to(model.device)
-                    for part in (leaves.position, leaves.feature, leaves.activation)
-                )
-            hook = partial(_operate, keys, surgery.keep, held)
-            stack.callback(mlp.adapter.register_forward_hook(hook).remove)
+            hook = partial(_operate, trace, layer, keys, surgery)
+            stack.callback(mlp.register_forward_hook(hook).remove)
         yield
 
 
 def _operate(
-    keys: Tensor, keep: bool, held: tuple[Tensor, ...] | None, adapter: Any, args: Any, result: Any
-) -> Any:
-    """Return an adapter's result without the features of ``keys``, or without all others."""
-    out, aux = result
-    copies, n_tokens = out.shape[:2]
-    if held is None:
-        tokens, features, values = aux.codes
+    trace: Trace,
+    layer: int,
+    keys: Tensor,
+    surgery: Surgery,
+    mlp: AdaptedMLP,
+    args: Any,
+    out: Tensor,
+) -> Tensor:
+    """Return an MLP's output without the features of ``keys``, or without all others."""
+    adapter: Any = mlp.adapter
+    x = args[0]
+    copies, n_tokens = x.shape[:2]
+    if surgery.held:
+        added = trace.mlp_out[layer] - mlp.base(trace.mlp_in[layer])
+        out = mlp.base(x) + added
+        (codes,) = (u.codes for u in trace.units if (u.kind, u.layer) == ("feature", layer))
+        first = torch.arange(copies, device=x.device)[:, None] * n_tokens
+        tokens = (first + codes.tokens).flatten()
+        features, values = codes.features.repeat(copies), codes.values.repeat(copies)
     else:
-        position, feature, activation = held
-        tokens = (torch.arange(copies).to(out.device)[:, None] * n_tokens + position).flatten()
-        features, values = feature.repeat(copies), activation.repeat(copies).to(out)
-        out = adapter.decoder_bias().expand_as(out)
-        out = _plus(out, tokens, features, values, adapter.W_dec)
-    drop = torch.isin(tokens * adapter.n_features + features, keys) ^ keep
-    return _plus(out, tokens[drop], features[drop], -values[drop], adapter.W_dec), aux
-
-
-def _plus(out: Tensor, tokens: Tensor, features: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+        _, aux = adapter(x, return_codes=True)
+        tokens, features, values = aux.codes
+    drop = torch.isin(tokens * adapter.n_features + features, keys) ^ surgery.keep
     flat = out.reshape(-1, out.shape[-1]).clone()
-    return flat.index_add_(0, tokens, W_dec[features] * values[:, None]).view_as(out)
+    rows = adapter.W_dec[features[drop]] * -values[drop, None]
+    return flat.index_add_(0, tokens[drop], rows).view_as(out)

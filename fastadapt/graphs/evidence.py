@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.ablation import Surgery, run
-from fastadapt.graphs.attribution import KINDS, Leaves, Target, adapter_of, edges
-from fastadapt.graphs.graph import Row
+from fastadapt.graphs.ablation import Surgery, run, run_changed
+from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges
+from fastadapt.graphs.graph import GraphConfig, Row, grow
+from fastadapt.graphs.rules import without_ranks
 from fastadapt.graphs.trace import Trace, record
 
 
@@ -25,7 +26,7 @@ class Account(NamedTuple):
 
     with_adapters: float  #: value on the graph's stream
     hybrid: float  #: value in the hybrid, on the same text
-    features: float  #: edges of active features
+    features: float  #: edges of active features, or of rank components
     decoder_biases: float  #: edges of the adapters' biases
     errors: float  #: edges of errors; 0 for the stream ``replacement``
     #: Change of what tokens and frozen biases give, because attention patterns, gates and norms
@@ -38,15 +39,24 @@ def account(trace: Trace, row: Row) -> Account:
     """Split the difference between a graph's stream and the hybrid, for the row of a target.
 
     Tokens and frozen biases are leaves of the hybrid too. With held coefficients, they give its
-    whole value there; here they give another part, and the change is the coefficients'.
+    whole value there; here they give another part, and the change is the coefficients'. For rank
+    components, which may lie in attention too, the hybrid is the target without its low-rank parts.
+    Transcoders that stand for the base's MLPs do not enter: they are no part of the difference.
     """
-    off = float(run(trace.model, trace.ids, row.target, "hybrid"))
+    if trace.overlay is not None:
+        plain = record(trace.model, trace.ids, stream=trace.stream)
+        return account(plain, grow(plain, [row.target], GraphConfig(nodes=0)).rows[0])
+    if trace.features == "ranks":
+        with without_ranks(trace.model):
+            off = float(run(trace.model, trace.ids[None], row.target, "target"))
+    else:
+        off = float(run(trace.model, trace.ids[None], row.target, "hybrid"))
     sums = dict(zip(KINDS, row.sums, strict=True))
     shared = sums["token"] + sums["attention bias"] + sums["mlp bias"]
     return Account(
         with_adapters=row.value,
         hybrid=off,
-        features=sums["feature"],
+        features=sums["feature"] + sums["rank component"],
         decoder_biases=sums["decoder bias"],
         errors=sums["error"],
         coefficients=shared + row.target.constant - off,
@@ -140,8 +150,11 @@ def measure_evidence(
         UserError: the stream is not ``replacement``, or fewer than 3 features can reach the target.
     """
     config = config or EvidenceConfig()
-    if trace.stream != "replacement":
-        raise UserError("evidence: expected the stream replacement, whose features can be ablated")
+    if trace.stream == "ranks":
+        raise UserError(
+            "evidence: expected the stream replacement or target, whose features can be ablated, "
+            "got ranks"
+        )
     n = leaves.n_features
     top = trace.n_layers if target.layer is None else target.layer
     reach = (leaves.position[:n] <= target.position) & (leaves.layer[:n] < top)
@@ -151,7 +164,8 @@ def measure_evidence(
             f"evidence: expected 3 or more features before the target, got {len(nodes)}"
         )
     draw = torch.Generator().manual_seed(config.seed)
-    total = edges(record(trace.model, trace.ids, features="linear"), leaves, [target])[0, :n]
+    linear = replace(trace, features="linear")
+    total = edges(linear, leaves, [target])[0, :n]
     direct = edges(trace, leaves, [target])[0, :n]
     order = nodes[total[nodes].abs().argsort(descending=True)]
     drawn = nodes[torch.randperm(len(nodes), generator=draw)]
@@ -176,8 +190,9 @@ def _predictors(
     """Return predicted effects of ablating each feature, float64 ``[features]``."""
     norms = torch.cat(
         [
-            adapter_of(trace, layer).W_dec.detach().norm(dim=1).cpu()[codes.features.cpu()]
-            for layer, codes in enumerate(trace.codes)
+            units.decoder.norm(dim=1)[units.codes.features].cpu()
+            for units in trace.units
+            if units.kind == "feature"
         ]
     )
     n = leaves.n_features
@@ -226,7 +241,7 @@ def _effects(
         batch = [*sets[i : i + config.copies]]
         none = torch.arange(leaves.n_features) if keep else torch.empty(0, dtype=torch.int64)
         surgery = Surgery([none, *batch], keep=keep, held=held)
-        got = run(trace.model, trace.ids, target, "replacement", surgery, leaves).double().cpu()
+        got = run_changed(trace, leaves, target, surgery).double().cpu()
         values.append(got[1:] - got[0])
     return torch.cat(values)
 

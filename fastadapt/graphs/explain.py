@@ -13,10 +13,13 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.graphs.attribution import Target, head_loadings
+from fastadapt.graphs.attribution import Target
 from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
-from fastadapt.graphs.files import GraphFile, Heads, describe
+from fastadapt.graphs.files import describe
 from fastadapt.graphs.graph import Graph, GraphConfig, grow
+from fastadapt.graphs.heads import head_loadings
+from fastadapt.graphs.overlay import TranscoderSet, unexplained_variance
+from fastadapt.graphs.schema import BaseSet, GraphFile, Heads
 from fastadapt.graphs.targets import (
     contrast,
     direction_of,
@@ -109,6 +112,19 @@ def token_ids(model: ReplacementModel, prompt: str) -> Tensor:
     return check_ids(model, ids)
 
 
+def check_dtype(dtype: str) -> None:
+    """Check that edges can sum to values in a dtype.
+
+    Raises:
+        UserError: it has 16 bits.
+    """
+    if dtype not in ("float32", "float64"):
+        raise UserError(
+            f"--dtype: expected float32 or float64, got {dtype}; in 16 bits the edges do not "
+            "sum to the value"
+        )
+
+
 def open_models(
     run: str,
     *,
@@ -121,11 +137,7 @@ def open_models(
     Raises:
         UserError: the run is none, or the dtype has 16 bits.
     """
-    if dtype not in ("float32", "float64"):
-        raise UserError(
-            f"--dtype: expected float32 or float64, got {dtype}; in 16 bits the edges do not "
-            "sum to the value"
-        )
+    check_dtype(dtype)
     return ModelSet.open(
         [run], ["run"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
@@ -139,9 +151,11 @@ def explain(
     evidence: EvidenceConfig,
     *,
     stream: Stream = "replacement",
+    overlay: TranscoderSet | None = None,
     dtype: str = "float32",
     device: str | None = None,
     trust_remote_code: bool = False,
+    on_base_set: Callable[[BaseSet], Any] | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> tuple[Graph, GraphFile]:
     """Return the graph of a prompt, and its document.
@@ -151,10 +165,12 @@ def explain(
         prompt: the text, with the markers that the model expects; or token ids.
         question: what to explain.
         config: size of the graph.
-        evidence: ablations to measure; only for the stream ``replacement``.
+        evidence: ablations to measure; not for the stream ``ranks``.
         stream: whose states to explain.
+        overlay: transcoders that stand for the base's MLPs, on the model's device and in its dtype.
         dtype: dtype of weights and states; relevance is lost to rounding in 16 bits.
         device, trust_remote_code: settings of the pair.
+        on_base_set: called with what the transcoders leave unexplained, before the graph is made.
         progress: called with numbers of expanded features.
 
     Raises:
@@ -167,11 +183,16 @@ def explain(
         )
     model = students.model
     ids = token_ids(model, prompt) if isinstance(prompt, str) else check_ids(model, prompt)
-    trace = record(model, ids, stream=stream, rows=config.rows)
+    trace = record(model, ids, stream=stream, rows=config.rows, overlay=overlay)
+    base_set = None
+    if overlay is not None:
+        base_set = _describe_set(trace, overlay)
+        if on_base_set is not None:
+            on_base_set(base_set)
     target = question.target(trace)
     graph = grow(trace, [target], config, progress=progress)
     measured = None
-    if evidence.ablations and stream == "replacement":
+    if evidence.ablations and stream != "ranks":
         measured = measure_evidence(trace, graph.leaves, target, evidence)
     document = describe(
         graph,
@@ -179,8 +200,14 @@ def explain(
         account=account(trace, graph.rows[0]),
         heads=_heads(graph),
         evidence=measured,
+        base_set=base_set,
     )
     return graph, document
+
+
+def _describe_set(trace: Trace, overlay: TranscoderSet) -> BaseSet:
+    shares = unexplained_variance(trace.model, overlay, trace.mlp_in)
+    return {"name": overlay.name, "model": overlay.model, "unexplained_variance": shares}
 
 
 def _heads(graph: Graph) -> list[Heads]:

@@ -10,157 +10,27 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import msgspec
-from typing_extensions import NotRequired, TypedDict
+from typing import Any
 
 from fastadapt.errors import UserError
 from fastadapt.features.store.logit_lens import token_strings
-from fastadapt.graphs.attribution import KINDS, Kind, Target
+from fastadapt.graphs.attribution import KINDS, UNIT_KINDS, Target
 from fastadapt.graphs.evidence import Account, Evidence
 from fastadapt.graphs.graph import Graph
-from fastadapt.graphs.targets import LogitTarget, logits_of
-from fastadapt.graphs.trace import Stream, Trace
-from fastadapt.io.atomic import disk_errors, make_folder, replacing
-from fastadapt.io.documents import (
-    Count,
-    DocumentError,
-    Finite,
-    Name,
-    NonNegative,
-    Positive,
-    Sha256,
-    check,
-    read_json,
+from fastadapt.graphs.schema import (
+    SCHEMA_VERSION,
+    BaseSet,
+    Edges,
+    GraphFile,
+    Heads,
+    Logit,
+    Node,
+    Ranks,
 )
-
-SCHEMA_VERSION = 1
-_Index = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]
-
-
-class Node(TypedDict):
-    """A leaf: ``layer`` is -1 for tokens, ``feature`` -1 for all kinds but features."""
-
-    kind: Kind
-    layer: _Index
-    position: Count
-    feature: _Index
-    activation: Finite
-    influence: NonNegative
-
-
-class Edges(TypedDict):
-    """The edges into a target of the graph (``node`` is null) or into a node."""
-
-    node: Count | None
-    name: str
-    position: Count
-    layer: Count | None
-    value: Finite
-    constant: Finite
-    sums: dict[Kind, Finite]
-    size: NonNegative
-    first_position: NonNegative
-    sources: list[Count]
-    weights: list[Finite]
-    remainder: Finite
-    pruned: NonNegative
-
-
-class _Models(TypedDict):
-    target: Name
-    target_revision: str | None
-    base: Name
-    base_revision: str | None
-
-
-class Logit(TypedDict):
-    """A token whose logit a target weighs, and its probability on the graph's stream."""
-
-    token: Count
-    string: str
-    weight: Finite
-    probability: NonNegative
-
-
-class Heads(TypedDict):
-    """An edge into the first target by its last attention head: ``[layer, head, part of edge]``."""
-
-    node: Count
-    direct: Finite
-    heads: list[tuple[Count, Count, Finite]]
-
-
-class _Flow(TypedDict):
-    replacement: Finite
-    completeness: Finite
-    tokens: Finite
-    errors: Finite
-    biases: Finite
-    pruned: Finite
-
-
-class _Account(TypedDict):
-    with_adapters: Finite
-    hybrid: Finite
-    features: Finite
-    decoder_biases: Finite
-    errors: Finite
-    coefficients: Finite
-    remainder: Finite
-
-
-class _Correlation(TypedDict):
-    predictor: str
-    spearman: tuple[Finite, Finite, Finite]
-    pearson: tuple[Finite, Finite, Finite]
-
-
-class _Sample(TypedDict):
-    name: str
-    nodes: list[Count]
-    effects: list[Finite]
-    correlations: list[_Correlation]
-
-
-class _Curve(TypedDict):
-    n: list[Count]
-    ablated: list[Finite]
-    ablated_random: list[Finite]
-    isolated: list[Finite]
-    isolated_random: list[Finite]
-
-
-class _Evidence(TypedDict):
-    samples: list[_Sample]
-    curve: _Curve
-    returned: Finite
-
-
-class GraphFile(TypedDict):
-    """Schema of a graph's file. Rows of targets come first; ``flow`` is that of
-    :class:`.graph.Flow`, ``account`` and ``evidence`` those of :mod:`.evidence`. ``logits`` has the
-    tokens of each target, none for features and directions."""
-
-    schema_version: Positive
-    kind: Literal["attribution graph"]
-    models: _Models
-    adapter: Sha256
-    dtype: str
-    stream: Stream
-    ids: list[Count]
-    tokens: list[str]
-    n_layers: Positive
-    n_features: Positive
-    targets: Positive
-    nodes: list[Node]
-    rows: list[Edges]
-    flow: _Flow
-    account: _Account
-    heads: list[Heads]
-    logits: NotRequired[list[list[Logit]]]
-    evidence: NotRequired[_Evidence]
+from fastadapt.graphs.targets import LogitTarget, logits_of
+from fastadapt.graphs.trace import Trace
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.documents import DocumentError, check, read_json
 
 
 def describe(
@@ -170,6 +40,7 @@ def describe(
     account: Account,
     heads: list[Heads],
     evidence: Evidence | None = None,
+    base_set: BaseSet | None = None,
 ) -> GraphFile:
     """Return a graph as a document.
 
@@ -179,6 +50,7 @@ def describe(
         account: the account of the first target.
         heads: head loadings of edges into the first target; their nodes are indices of leaves.
         evidence: measured ablations; their nodes are indices of leaves.
+        base_set: transcoders that stand for the base's MLPs.
     """
     trace, leaves = graph.trace, graph.leaves
     influence, _ = graph.influence()
@@ -259,13 +131,24 @@ def describe(
             ],
             "curve": evidence.curve._asdict(),
         }
+    if base_set is not None:
+        document["base_set"] = base_set
+    if trace.stream == "ranks":
+        document["ranks"] = _ranks(trace)
     return document
+
+
+def _ranks(trace: Trace) -> list[Ranks]:
+    return [
+        {"layer": u.layer, "name": u.name, "first": u.first, "count": len(u.encoder)}
+        for u in trace.units
+    ]
 
 
 def _logits(trace: Trace, target: Target, strings: list[str]) -> list[Logit]:
     if not isinstance(target, LogitTarget):
         return []
-    state = trace.final[0, target.position].detach()
+    state = trace.final[target.position]
     shares = logits_of(trace.model, state).double().softmax(-1)
     return [
         {"token": i, "string": strings[i], "weight": weight, "probability": float(shares[i])}
@@ -332,10 +215,12 @@ def _check_row(document: GraphFile, i: int, row: Edges, where: str) -> None:
 def _check_node(document: GraphFile, node: Node, where: str) -> None:
     if node["position"] >= len(document["ids"]):
         raise DocumentError(f"{where}: expected a position in the text")
-    is_feature, is_token = node["kind"] == "feature", node["kind"] == "token"
+    is_unit, is_token = node["kind"] in UNIT_KINDS, node["kind"] == "token"
+    is_feature = node["kind"] == "feature"
     if is_token != (node["layer"] < 0) or node["layer"] >= document["n_layers"]:
         raise DocumentError(f"{where}: expected a layer of the model, and -1 for a token")
-    if is_feature != (node["feature"] >= 0) or node["feature"] >= document["n_features"]:
+    beyond = is_feature and node["feature"] >= document["n_features"]
+    if is_unit != (node["feature"] >= 0) or beyond:
         raise DocumentError(f"{where}: expected a feature of the layer, and -1 for other nodes")
 
 

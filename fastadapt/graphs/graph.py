@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, feature_target
+from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, unit_target
 from fastadapt.graphs.trace import Trace
 
 
@@ -127,11 +127,11 @@ class Graph:
         of_leaves = torch.zeros(len(self.leaves), dtype=torch.float64)
         of_rows = torch.zeros(len(self.rows), dtype=torch.float64)
         of_rows[: self.n_targets] = 1 / self.n_targets
-        # A feature's edges come from lower layers only.
-        layers = self.leaves.layer.tolist()
+        # A unit's edges come from smaller depths only.
+        depth = self.leaves.depth
         later = range(self.n_targets, len(self.rows))
         nodes = {i: int(self.rows[i].node or 0) for i in later}
-        order = sorted(later, key=lambda i: -layers[nodes[i]])
+        order = sorted(later, key=lambda i: -int(depth[nodes[i]]))
         for i in (*range(self.n_targets), *order):
             if i >= self.n_targets:
                 of_rows[i] = of_leaves[nodes[i]]
@@ -142,17 +142,18 @@ class Graph:
     def flow(self) -> Flow:
         """Return where the influence of the targets ends."""
         of_leaves, of_rows = self.influence()
-        features, tokens, errors = (self.leaves.mask(k) for k in ("feature", "token", "error"))
-        open_features = features.clone()
-        open_features[list(self.expanded)] = False
-        pruned, constants, complete = float(of_leaves[open_features].sum()), 0.0, 0.0
-        explained = features | tokens
+        tokens, errors = (self.leaves.mask(kind) for kind in ("token", "error"))
+        units = torch.arange(len(self.leaves)) < self.leaves.n_units
+        open_units = units.clone()
+        open_units[list(self.expanded)] = False
+        pruned, constants, complete = float(of_leaves[open_units].sum()), 0.0, 0.0
+        explained = units | tokens
         for row, share in zip(self.rows, of_rows.tolist(), strict=True):
             if row.size > 0:
                 pruned += share * row.pruned / row.size
                 constants += share * abs(row.target.constant) / row.size
             complete += share * float(row.shares[explained[row.sources]].sum())
-        biases = float(of_leaves[~(features | tokens | errors)].sum()) + constants
+        biases = float(of_leaves[~(units | tokens | errors)].sum()) + constants
         return Flow(
             tokens=float(of_leaves[tokens].sum()),
             errors=float(of_leaves[errors].sum()),
@@ -229,16 +230,16 @@ def grow(
         _row(trace, leaves, None, t, w, config.top) for t, w in zip(targets, weights, strict=True)
     ]
     graph = Graph(trace, leaves, rows, len(targets))
-    n = min(config.nodes, leaves.n_features)
+    n = min(config.nodes, leaves.n_units)
     while (done := len(rows) - len(targets)) < n:
         influence, _ = graph.influence()
-        open_features = influence[: leaves.n_features].clone()
-        open_features[list(graph.expanded)] = 0
-        best = open_features.topk(min(trace.rows, n - done, len(open_features)))
+        open_units = influence[: leaves.n_units].clone()
+        open_units[list(graph.expanded)] = 0
+        best = open_units.topk(min(trace.rows, n - done, len(open_units)))
         chosen = best.indices[best.values > 0].tolist()
         if not chosen:
             break
-        into = [feature_target(trace, leaves, i) for i in chosen]
+        into = [unit_target(trace, leaves, i) for i in chosen]
         for node, target, row in zip(chosen, into, edges(trace, leaves, into), strict=True):
             rows.append(_row(trace, leaves, node, target, row, config.top))
         if progress is not None:
@@ -252,7 +253,7 @@ def _row(
     size = row.double().abs()
     sums = torch.zeros(len(KINDS), dtype=torch.float64)
     sums.index_add_(0, leaves.kind, row.double())
-    n = leaves.n_features
+    n = leaves.n_units
     largest = [part.topk(min(top, len(part))).indices for part in (size[:n], size[n:])]
     sources = torch.cat([largest[0], largest[1] + n])
     sources = sources[size[sources].argsort(descending=True, stable=True)]

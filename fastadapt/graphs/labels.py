@@ -8,9 +8,9 @@ from typing import Any
 
 from fastadapt.features.store.schema import MANIFEST, SAMPLES
 from fastadapt.features.store.store import Store
-from fastadapt.graphs.attribution import KINDS
-from fastadapt.graphs.files import GraphFile
+from fastadapt.graphs.attribution import KINDS, UNIT_KINDS
 from fastadapt.graphs.graph import Graph
+from fastadapt.graphs.schema import GraphFile
 from fastadapt.io.names import has_file
 
 _LONGEST = 60  # characters of a text in a path
@@ -85,8 +85,8 @@ def node_name(document: GraphFile, i: int) -> str:
     place = f"{document['tokens'][node['position']]!r}@{node['position']}"
     if node["kind"] == "token":
         return f"token {place}"
-    if node["kind"] == "feature":
-        return f"feature {node['layer']}/{node['feature']} {place}"
+    if node["kind"] in UNIT_KINDS:
+        return f"{node['kind']} {node['layer']}/{node['feature']} {place}"
     return f"{node['kind']} {node['layer']} {place}"
 
 
@@ -114,7 +114,7 @@ def path_in_words(
 
 def _said(document: GraphFile, node: int, labels: Mapping[Unit, str]) -> str:
     facts, name = document["nodes"][node], node_name(document, node)
-    text = labels.get((facts["layer"], facts["feature"]))
+    text = labels.get((facts["layer"], facts["feature"])) if facts["kind"] == "feature" else None
     if text is None:
         return name
     return f"{name} ({text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'})"

@@ -14,7 +14,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.generation.responses import Response
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.graphs.targets import final_state, logits_of
-from fastadapt.graphs.trace import Stream, check_ids
+from fastadapt.graphs.trace import Stream, check_ids, mode_of
 from fastadapt.models.replacement import ReplacementModel
 
 _POSITIONS = 256  # whose logits are in memory at once
@@ -87,7 +87,7 @@ def find_places(
         model: the replacement model.
         responses: sampled responses of a model with this vocabulary.
         config: words and conditions.
-        stream: the model that reads the responses: replacement or target.
+        stream: the model that reads the responses: the replacement, or else the target.
         progress: called with numbers of responses.
         stop: set it to return the places of the responses read so far.
 
@@ -123,7 +123,7 @@ def _scan(
     stream: Stream,
 ) -> list[tuple[int, int, float, bool]]:
     """Return position, token, probability and whether a word is the top token, of each place."""
-    states = final_state(model, ids, stream)
+    states = final_state(model, ids, mode_of(stream))
     picked, last = [], 0.0
     for start in range(first, len(ids), _POSITIONS):
         shares = logits_of(model, states[start : start + _POSITIONS]).float().softmax(-1)

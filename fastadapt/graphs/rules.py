@@ -14,7 +14,8 @@ gate × up                   half to each factor
 attention                   pattern held: queries and keys are constants, values are not
 linear, rotary, residual    their own
 adapter                     none (``leaves``), or its own with the active features held (``linear``)
-target's MLP                that of the base's MLP in its place
+target's MLP                that of the base's MLP in its place; its own (``ranks``)
+low-rank part of a layer    its own; none (``ranks``)
 ==========================  ======================================================================
 
 A quotient is 0 where its denominator is. No forward of a model is copied: the rules are hooks on
@@ -24,7 +25,7 @@ stays linear in the length of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
@@ -35,9 +36,11 @@ from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.low_rank import LowRankLinear
 
-#: How adapters pass gradients: not at all, or through their active features.
-Features = Literal["leaves", "linear"]
+#: How adapters pass gradients: not at all, or through their active features. With ``ranks``, a
+#: LoRA's rank components pass none, in the target's own MLPs.
+Features = Literal["leaves", "linear", "ranks"]
 
 
 class _Carry(torch.autograd.Function):
@@ -75,7 +78,13 @@ def held_quotient(x: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterator[None]:
+def linearized(
+    model: ReplacementModel,
+    features: Features = "leaves",
+    *,
+    layer: int | None = None,
+    watched: Sequence[tuple[nn.Module, Hook]] = (),
+) -> Iterator[None]:
     """Apply the rules to a model's modules inside the context.
 
     The graph of a forward inside the context stays valid after it.
@@ -83,11 +92,14 @@ def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterat
     Args:
         model: a replacement model with transcoders. All of its modes keep their outputs.
         features: ``leaves``: adapters are constants. ``linear``: the activation of an active
-            feature is its pre-activation, and passes its gradient to the MLP's input.
+            feature is its pre-activation, and passes its gradient to the MLP's input. ``ranks``:
+            low-rank parts are constants in the mode ``target``.
+        layer: apply the rules to this block alone; None: to all modules.
+        watched: linear layers with forward hooks that see their outputs before other rules do.
 
     Raises:
         UserError: the model has no transcoders, parts of its blocks have no rule, or ``features``
-            is neither.
+            is none of these.
 
     Example:
         >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
@@ -101,22 +113,33 @@ def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterat
         True
     """
     if features not in get_args(Features):
-        raise UserError(f"features: expected one of leaves, linear, got {features!r}")
-    check_model(model)
+        raise UserError(
+            f"features: expected one of {', '.join(get_args(Features))}, got {features!r}"
+        )
+    check_model(model, features)
+    root = getattr(model.model, model.paths.decoder) if layer is None else model.blocks[layer]
+    mlps = model.mlps if layer is None else [model.mlps[layer]]
     with ExitStack() as stack:
         stack.enter_context(model.fused.off())
-        for module, hook in _hooks(model, features):
+        low_rank = _low_rank_hooks(root) if features == "ranks" else ()
+        for module, hook in (*low_rank, *watched, *_hooks(model, features, root, mlps)):
             stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
-def check_model(model: ReplacementModel) -> None:
-    """Check that a model has transcoders, and that the operations of its blocks have rules.
+def check_model(model: ReplacementModel, features: Features = "leaves") -> None:
+    """Check that a model has the units of a graph, and that its blocks' operations have rules.
 
     Raises:
         UserError: it has not.
     """
-    if model.n_features == 0:
+    if features == "ranks":
+        if not any(isinstance(module, LowRankLinear) for module in model.blocks.modules()):
+            raise UserError(
+                "--stream ranks: expected a target that is a PEFT folder, got one without low-rank "
+                "parts; use --stream target"
+            )
+    elif model.n_features == 0:
         raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
     if model.paths.without_rules:
         kind = model.model.config.model_type
@@ -125,28 +148,58 @@ def check_model(model: ReplacementModel) -> None:
         )
 
 
-_Hook = Callable[[Any, Any, Any], Any]
+#: A forward hook: it gets a module, its arguments and its output, and may return another output.
+Hook = Callable[[Any, Any, Any], Any]
 
 
-def _hooks(model: ReplacementModel, features: Features) -> Iterator[tuple[nn.Module, _Hook]]:
-    """Yield every module that has a rule, with the forward hook that applies it."""
-    decoder = getattr(model.model, model.paths.decoder)
-    for module in decoder.modules():
+def _hooks(
+    model: ReplacementModel, features: Features, root: nn.Module, mlps: Sequence[AdaptedMLP]
+) -> Iterator[tuple[nn.Module, Hook]]:
+    """Yield every module below ``root`` that has a rule, with the hook that applies it."""
+    for module in root.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
             yield module, _hold_quotient
         elif kind.endswith("Attention"):
             yield from _attention_hooks(module)
-    bases = {id(mlp.base): mlp.base for mlp in model.mlps}  # a pair may share one module
-    for base in bases.values():
+    used = [mlp.target if features == "ranks" else mlp.base for mlp in mlps]
+    for gated in {id(mlp): mlp for mlp in used}.values():  # a pair may share one module
+        assert gated is not None
         for name in model.paths.projections:
-            yield getattr(base, name), _halve
-        yield activation_of(base), _hold_quotient
-    for mlp in model.mlps:
-        yield mlp, _linear_mlp if features == "linear" else _constant_adapter
+            yield getattr(gated, name), _halve
+        yield activation_of(gated), _hold_quotient
+    if features != "ranks":
+        for mlp in mlps:
+            yield mlp, _linear_mlp if features == "linear" else _constant_adapter
 
 
-def _attention_hooks(attention: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
+def _low_rank_hooks(root: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:
+    for module in root.modules():
+        if isinstance(module, LowRankLinear):
+            yield module, _constant_ranks
+
+
+@contextmanager
+def without_ranks(model: ReplacementModel) -> Iterator[None]:
+    """Leave out the low-rank parts of the target's blocks inside the context."""
+    with ExitStack() as stack:
+        for module in model.blocks.modules():
+            if isinstance(module, LowRankLinear):
+                hook = module.register_forward_hook(_plain_linear)
+                stack.callback(hook.remove)
+        yield
+
+
+def _plain_linear(layer: LowRankLinear, args: Any, out: Tensor) -> Tensor:
+    return nn.functional.linear(args[0], layer.weight, layer.bias)
+
+
+def _constant_ranks(layer: LowRankLinear, args: Any, out: Tensor) -> Tensor:
+    linear = nn.functional.linear(args[0], layer.weight)
+    return carry(out, linear if layer.gain is None else linear * layer.gain)
+
+
+def _attention_hooks(attention: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:
     if not hasattr(attention, "qkv_proj"):
         for name in ("q_proj", "k_proj"):
             yield getattr(attention, name), lambda _, args, out: out.detach()
@@ -176,12 +229,11 @@ def _halve(_: Any, args: Any, out: Tensor) -> Tensor:
 
 
 def _constant_adapter(mlp: AdaptedMLP, args: Any, out: Tensor) -> Tensor:
-    return carry(out, mlp.base(args[0]))
+    return out if mlp.mode == "hybrid" else carry(out, mlp.base(args[0]))
 
 
 def _linear_mlp(mlp: AdaptedMLP, args: Any, out: Tensor) -> Tensor:
-    linear: Tensor = mlp.base(args[0])
-    if mlp.mode != "hybrid":
-        assert isinstance(mlp.adapter, TranscoderAdapter)
-        linear = linear + mlp.adapter(args[0])[0]
-    return carry(out, linear)
+    if mlp.mode != "target":
+        return out  # its own gradient is the rule's
+    assert isinstance(mlp.adapter, TranscoderAdapter)
+    return carry(out, mlp.base(args[0]) + mlp.adapter(args[0])[0])

@@ -21,7 +21,8 @@ from fastadapt.graphs.trace import Trace, check_ids
 from fastadapt.io.tensors import read_tensors
 from fastadapt.models.replacement import Mode, ReplacementModel
 
-_POSITIONS = 256  # whose logits are in memory at once
+#: Positions whose logits are in memory at once.
+POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _logits(
 ) -> LogitTarget:
     model = trace.model
     head, cap = model.head.detach(), model.softcap
-    state = trace.final[0, position].detach()
+    state = trace.final[position]
     direction = torch.zeros_like(state)
     tokens = torch.tensor(list(weights), device=head.device)
     rows = head[tokens].to(state)
@@ -182,8 +183,8 @@ def most_different(model: ReplacementModel, ids: Tensor, position: int | None = 
     ids = check_ids(model, ids)
     states = {mode: final_state(model, ids, mode) for mode in ("target", "hybrid")}
     best: Difference | None = None
-    for first in range(0, len(ids), _POSITIONS):
-        part = slice(first, first + _POSITIONS)
+    for first in range(0, len(ids), POSITIONS):
+        part = slice(first, first + POSITIONS)
         y, z = (logits_of(model, state[part]).log_softmax(-1) for state in states.values())
         kl, tops = (y.exp() * (y - z)).sum(-1), (y.argmax(-1), z.argmax(-1))
         for i in range(len(kl)):

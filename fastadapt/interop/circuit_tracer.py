@@ -22,9 +22,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt import __version__
 from fastadapt.errors import UserError
-from fastadapt.graphs.attribution import Kind
-from fastadapt.graphs.files import GraphFile
+from fastadapt.graphs.attribution import UNIT_KINDS, Kind
 from fastadapt.graphs.pruning import Edge, PruneConfig, Pruned, cumulative, prune
+from fastadapt.graphs.schema import GraphFile
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, Finite, NonNegative, read_json
 from fastadapt.io.names import has_file
@@ -43,6 +43,8 @@ TYPES: dict[Kind, Type] = {
     "attention bias": "mlp reconstruction error",
     "mlp bias": "mlp reconstruction error",
     "error": "mlp reconstruction error",
+    "base feature": "cross layer transcoder",
+    "rank component": "cross layer transcoder",
 }
 
 
@@ -206,11 +208,14 @@ def _folded(
     places, influence, activation = [], dict[_Place, float](), dict[_Place, float]()
     for node in graph["nodes"]:
         kind, layer, position = TYPES[node["kind"]], node["layer"], node["position"]
-        number = {"embedding": graph["ids"][position], "cross layer transcoder": node["feature"]}
+        # Base features have numbers behind those of the adapter's features.
+        offset = graph["n_features"] if node["kind"] == "base feature" else 0
+        unit = node["feature"] + offset
+        number = {"embedding": graph["ids"][position], "cross layer transcoder": unit}
         place = _Place(kind, layer, position, number.get(kind, -1))
         places.append(place)
         influence[place] = influence.get(place, 0.0) + node["influence"]
-        if node["kind"] == "feature":
+        if node["kind"] in UNIT_KINDS:
             activation[place] = node["activation"]
     edges = []
     for i, row in enumerate(graph["rows"]):
@@ -239,7 +244,9 @@ def _node(
 ) -> Node:
     token = graph["tokens"][place.position]
     clerp = {
-        "cross layer transcoder": labels.get((place.layer, place.number), ""),
+        "cross layer transcoder": labels.get(
+            (place.layer, place.number), _unlabelled(place, graph)
+        ),
         "embedding": f'Emb: "{token}"',
     }.get(place.type, f'Err: mlp "{token}"')
     is_feature = place.type == "cross layer transcoder"
@@ -250,6 +257,13 @@ def _node(
         "influence": share,
         "activation": activation,
     }
+
+
+def _unlabelled(place: _Place, graph: GraphFile) -> str:
+    if graph["stream"] == "ranks":
+        return f"rank component {place.layer}/{place.number}"
+    base = place.number - graph["n_features"]
+    return "" if base < 0 else f"base feature {place.layer}/{base}"
 
 
 def _logit(place: _Place, graph: GraphFile, i: int) -> Node:

@@ -72,7 +72,7 @@ def test_the_targets_own_text(run: Path, tmp_path: Path, fastadapt: Callable[...
     assert outcome.code == 0, outcome.err
     document = json.loads(path.read_text())
     assert document["stream"] == "target"
-    assert "evidence" not in document
+    assert len(document["evidence"]["samples"]) == 2
     assert document["account"]["errors"] != 0
 
 
@@ -81,12 +81,107 @@ def test_what_graph_refuses(run: Path, tmp_path: Path, fastadapt: Callable[..., 
         (("--token", "xyzzy"), "expected one token of the vocabulary"),
         (("--nodes", -1), "--nodes: expected 0 or more, got -1"),
         (("--feature", "x"), "such as 2/17, got 'x'"),
-        (("--stream", "base"), "--stream"),
+        (("--stream", "base"), "--stream: expected one of replacement, target, ranks, got 'base'"),
+        (("--stream", "ranks"), "--stream ranks: expected a target that is a PEFT folder"),
+        (("--stability", 5), "--stability: expected 1 or more features, with --prompts"),
+        (("--tokens", 5), "--tokens and --gpu go with --dry-run"),
+        (("--dry-run", "--tokens", 5), "--dry-run: expected a prompt or --tokens"),
+        (("--dry-run", "--gpu", "b100"), "--gpu: expected one of a100, h100, h200, got 'b100'"),
+        (("--base_set", tmp_path), "--base_set: expected a folder with config.yaml"),
+        (("--base_set", tmp_path, "--stream", "base"), "make it with circuit-tracer"),
     ):
         outcome = fastadapt("graph", run, PROMPT, *arguments, "--device", "cpu")
         assert outcome.code == 2
         assert reason in outcome.err
     assert fastadapt("graph", tmp_path, PROMPT).code == 2
+
+
+def test_bad_runs_and_texts(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    from fastadapt.adapter.files import save_adapters
+    from fastadapt.models.pair import ModelPair, PairConfig
+    from fastadapt.models.replacement import ReplacementModel
+    from fastadapt.organism import resolve
+
+    outcome = fastadapt("graph", run, "4 " * 5000, "--token", "4", *SMALL)
+    assert outcome.code == 2
+    assert "expected at most 512 tokens, the model's context, got 5,000" in outcome.err
+    names = [resolve(f"organism/{role}") for role in ("target", "base")]
+    model = ReplacementModel.create(ModelPair.load(PairConfig(*names, device="cpu")), "norms")
+    card = {"target": "organism/target", "base": "organism/base"}
+    save_adapters(model.adapters, tmp_path / "norms" / "adapter", card)
+    for options in ((), ("--dry-run",)):
+        outcome = fastadapt("graph", tmp_path / "norms", PROMPT, "--token", "4", *options)
+        assert outcome.code == 2
+        assert "graphs: expected a run with transcoders, got a baseline's" in outcome.err
+
+
+def test_a_dry_run_reads_no_weights(
+    run: Path, fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    outcome = fastadapt("graph", run, PROMPT, "--dry-run", "--device", "cpu", "--rows", 2)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"Peak: [\d.]+ [MG]B, in \w+, for 4 tokens with 3 active", outcome.out)
+    assert re.search(r"would need [\d.]+ [MG]B instead of [\d.]+ [MG]B", outcome.out)
+    assert "It fits into" in outcome.out
+    outcome = fastadapt("graph", run, "--dry-run", "--tokens", 513, "--device", "cpu")
+    assert "expected at most 512 tokens, the model's context, got 513" in outcome.err
+    outcome = fastadapt(
+        "graph", "r1-distill-qwen-7b", "--dry-run", "--tokens", 6000, "--gpu", "h100"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "It DOES NOT FIT into 76.00 GB of the 80.00 GB of NVIDIA H100 80GB" in outcome.out
+    assert re.search(r"--rows 1 --evidence.copies 1 +│ +[67]\d\.\d\d GB", outcome.out)
+
+
+def test_stability_of_prompts(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    folder, out = tmp_path / "prompts", tmp_path / "out"
+    folder.mkdir()
+    for name, text in (("1", PROMPT), ("1.b", "tom gets 3 apples"), ("2", "so the answer is 7")):
+        (folder / f"{name}.txt").write_text(text)
+    none = ("--nodes", 2, "--evidence.ablations", 0, "--device", "cpu", "--output", out)
+    ask = ("graph", run, "--prompts", folder, "--token", "4", "--stability", 3, *none)
+    outcome = fastadapt(*ask)
+    assert outcome.code == 0, outcome.err
+    number = r"0(?:\.\d+)?|1"
+    for name, pairs in (("same group", 1), ("other groups", 2)):
+        row = rf"{name} +│ +{pairs} │ +(?:{number}) \[(?:{number}), (?:{number})\] "
+        assert re.search(row, outcome.out), outcome.out
+    path = Path(outcome.out.splitlines()[-1].removeprefix("stability: "))
+    saved = json.loads(path.read_text())
+    assert sorted(saved["graphs"].values()) == ["1", "1", "2"]
+    assert [agreement["pairs"] for agreement in saved["agreements"]] == [1, 2]
+    again = fastadapt(*ask)
+    assert again.out.count("exists: ") == 3
+    assert json.loads(path.read_text()) == saved
+
+
+def test_a_base_set(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    import torch
+    import yaml
+    from safetensors.torch import save_file
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump({"model_name": "organism/base"}))
+    for layer in range(4):
+        tensors = {name: torch.randn(30, 128) * 0.1 for name in ("W_enc", "W_dec")}
+        tensors |= {"b_enc": torch.zeros(30), "b_dec": torch.zeros(128)}
+        save_file(tensors, tmp_path / "set" / f"layer_{layer}.safetensors")
+    path = tmp_path / "a.json"
+    ask = ("graph", run, PROMPT, "--token", "4", "--base_set", tmp_path / "set", "--output", path)
+    outcome = fastadapt(*ask, *SMALL)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.index("fraction of variance unexplained") < outcome.out.index("logit of")
+    document = json.loads(path.read_text())
+    assert len(document["base_set"]["unexplained_variance"]) == 4
+    assert {"feature", "base feature", "error"} <= {node["kind"] for node in document["nodes"]}
+    assert document["rows"][0]["sums"]["base feature"] != 0
+    assert fastadapt("graph", "export", path, "--format", "circuit-tracer").code == 0
 
 
 def sampled(path: Path, n_prompt: int = 8) -> list[Any]:

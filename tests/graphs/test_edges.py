@@ -14,12 +14,13 @@ from fastadapt.graphs.attribution import (
     Leaves,
     Target,
     edges,
-    feature_target,
-    head_loadings,
+    unit_target,
 )
-from fastadapt.graphs.trace import STREAMS, record
+from fastadapt.graphs.heads import head_loadings
+from fastadapt.graphs.trace import record
 from fastadapt.models.architectures import ARCHITECTURES
 
+STREAMS = ("replacement", "target")  # ranks: test_ranks.py
 RULED = [name for name, paths in ARCHITECTURES.items() if not paths.without_rules]
 
 
@@ -32,8 +33,8 @@ def test_edges_equal_removal(architecture: str, stream: Any, make_pair: Callable
     last = int((leaves.layer[: leaves.n_features] == 2).nonzero()[-1])
     targets = [
         Target("", 6, model.head[3].detach()),
-        feature_target(trace, leaves, last),
-        feature_target(trace, leaves, last - 3),
+        unit_target(trace, leaves, last),
+        unit_target(trace, leaves, last - 3),
     ]
     got = edges(trace, leaves, targets)
     x, final = Replay(model, IDS, stream).without_each(leaves, trace.errors)

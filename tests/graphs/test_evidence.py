@@ -10,7 +10,7 @@ import torch
 from replay import IDS, randomised
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.ablation import Surgery, run
+from fastadapt.graphs.ablation import Surgery, run_changed
 from fastadapt.graphs.attribution import KINDS, Leaves, edges
 from fastadapt.graphs.evidence import (
     EvidenceConfig,
@@ -19,7 +19,7 @@ from fastadapt.graphs.evidence import (
     ranks,
 )
 from fastadapt.graphs.graph import GraphConfig, grow
-from fastadapt.graphs.targets import contrast, logit, named_feature
+from fastadapt.graphs.targets import contrast, named_feature
 from fastadapt.graphs.trace import record
 from fastadapt.interventions import scale_features
 
@@ -73,7 +73,7 @@ def test_surgery_equals_interventions(architecture: str, make_pair: Callable[...
     trace = record(model, IDS)
     leaves = Leaves(trace)
     target = contrast(trace, 7, 11, 6)
-    strongest = int(leaves.activation[: leaves.first[1]].argmax())  # of layer 0
+    strongest = int(leaves.activation[leaves.groups[0][1]].argmax())  # of layer 0
     feature = int(leaves.feature[strongest])
     everywhere = ((leaves.layer == 0) & (leaves.feature == feature)).nonzero()[:, 0]
     everything, nothing = torch.arange(leaves.n_features), torch.empty(0, dtype=torch.int64)
@@ -83,38 +83,79 @@ def test_surgery_equals_interventions(architecture: str, make_pair: Callable[...
     every = [(layer, i) for layer in range(3) for i in range(model.n_features)]
     with scale_features(model, dict.fromkeys(every, 0.0)):
         biases = measured(model, target)
-    got = run(model, IDS, target, surgery=Surgery([nothing, everywhere]), leaves=leaves)
+    got = run_changed(trace, leaves, target, Surgery([nothing, everywhere]))
     assert got.tolist() == pytest.approx([plain, ablated])
     keep = Surgery([everything, nothing], keep=True)
-    assert run(model, IDS, target, surgery=keep, leaves=leaves).tolist() == pytest.approx(
-        [plain, biases]
-    )
+    assert run_changed(trace, leaves, target, keep).tolist() == pytest.approx([plain, biases])
     assert abs(ablated - plain) > 1e-5  # ten times the tolerance above
 
     # Held adapters do not react; after the last layer there is none that could.
     last = int((leaves.layer[: leaves.n_features] == 2).nonzero()[-1])
     sets = [nothing, everywhere, torch.tensor([last])]
-    free = run(model, IDS, target, surgery=Surgery(sets), leaves=leaves)
-    held = run(model, IDS, target, surgery=Surgery(sets, held=True), leaves=leaves)
+    free = run_changed(trace, leaves, target, Surgery(sets))
+    held = run_changed(trace, leaves, target, Surgery(sets, held=True))
     torch.testing.assert_close(held[[0, 2]], free[[0, 2]])
     assert abs(float(held[1] - free[1])) > 1e-6
 
 
-def test_evidence(make_pair: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_ablation_in_the_targets_own_text(architecture: str, make_pair: Callable[..., Any]) -> None:
+    model = randomised(make_pair(architecture, "float64"))
+    trace = record(model, IDS, stream="target")
+    leaves = Leaves(trace)
+    target = contrast(trace, 7, 11, 6)
+    strongest = int(leaves.activation[leaves.groups[0][1]].argmax())  # of layer 0
+    feature = int(leaves.feature[strongest])
+    everywhere = ((leaves.layer == 0) & (leaves.feature == feature)).nonzero()[:, 0]
+    nothing = torch.empty(0, dtype=torch.int64)
+    plain = measured(model, target, "target")
+
+    def remove(layer: int) -> Any:
+        adapter: Any = model.adapters[layer]
+
+        def hook(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            z = args[0] @ adapter.W_enc[feature] + adapter.b_enc[feature]
+            return out - z.relu()[..., None] * adapter.W_dec[feature]
+
+        return hook
+
+    added = [trace.mlp_out[i] - model.mlps[i].base(trace.mlp_in[i]) for i in range(3)]
+    handle = model.mlps[0].register_forward_hook(remove(0))
+    ablated = measured(model, target, "target")
+    handle.remove()
+    hooks = [
+        mlp.register_forward_hook(lambda m, args, _, i=i: m.base(args[0]) + added[i])
+        for i, mlp in enumerate(model.mlps)
+    ]
+    assert measured(model, target, "target") == pytest.approx(plain)  # nothing was changed
+    hooks.append(model.mlps[0].register_forward_hook(remove(0)))
+    expected = measured(model, target, "target")
+    for hook in hooks:
+        hook.remove()
+    got = run_changed(trace, leaves, target, Surgery([nothing, everywhere]))
+    assert got.tolist() == pytest.approx([plain, ablated])
+    got = run_changed(trace, leaves, target, Surgery([nothing, everywhere], held=True))
+    assert got.tolist() == pytest.approx([plain, expected])
+    assert min(abs(ablated - plain), abs(expected - ablated)) > 1e-6
+
+
+@pytest.mark.parametrize("stream", ["replacement", "target"])
+def test_evidence(stream: Any, make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair("qwen2", "float64"), features=24)
-    trace = record(model, IDS, rows=4)
+    trace = record(model, IDS, stream=stream, rows=4)
     leaves = Leaves(trace)
     target = contrast(trace, 7, 11, 6)
     config = EvidenceConfig(ablations=40, copies=7, resamples=200)
     evidence = measure_evidence(trace, leaves, target, config)
-    total = edges(record(model, IDS, features="linear"), leaves, [target])[0, : leaves.n_features]
+    linear = record(model, IDS, stream=stream, features="linear")
+    total = edges(linear, leaves, [target])[0, : leaves.n_features]
     strongest, drawn = evidence.samples
     assert strongest.nodes == total.abs().topk(40).indices.tolist()
     assert len(set(drawn.nodes)) == 40
     for sample in evidence.samples:
         ablated = Surgery([torch.tensor([i]) for i in sample.nodes])
-        values = run(model, IDS, target, surgery=ablated, leaves=leaves)
-        assert sample.effects == pytest.approx((values - measured(model, target)).tolist())
+        values = run_changed(trace, leaves, target, ablated)
+        assert sample.effects == pytest.approx((values - measured(model, target, stream)).tolist())
         by_name = {line.predictor: line for line in sample.correlations}
         for line in sample.correlations:
             for mean, low, high in line[1:]:
@@ -149,9 +190,6 @@ def test_ranks_and_correlation() -> None:
 
 def test_what_has_no_evidence(make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair("llama"))
-    trace = record(model, IDS, stream="target")
-    with pytest.raises(UserError, match="expected the stream replacement"):
-        measure_evidence(trace, Leaves(trace), logit(trace, 3, 4))
     trace = record(model, IDS)
     with pytest.raises(UserError, match="3 or more features before the target, got 0"):
         measure_evidence(trace, Leaves(trace), named_feature(trace, "0/3", 4))

@@ -12,7 +12,7 @@ from replay import IDS, randomised
 from safetensors.torch import save_file
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.attribution import Leaves, edges, feature_target
+from fastadapt.graphs.attribution import Leaves, edges, unit_target
 from fastadapt.graphs.graph import Graph, GraphConfig, grow
 from fastadapt.graphs.targets import (
     contrast,
@@ -79,7 +79,7 @@ def test_most_different(make_pair: Callable[..., Any]) -> None:
 def dense(graph: Graph) -> torch.Tensor:
     """Return the shares [1 + N, N] of every leaf in the target's row and in each feature's."""
     trace, leaves = graph.trace, graph.leaves
-    into = [feature_target(trace, leaves, i) for i in range(leaves.n_features)]
+    into = [unit_target(trace, leaves, i) for i in range(leaves.n_features)]
     rows = torch.zeros(1 + len(leaves), len(leaves), dtype=torch.float64)
     target = graph.rows[0].target
     weights = edges(trace, leaves, [target, *into]).double()

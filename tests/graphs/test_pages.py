@@ -281,7 +281,7 @@ def test_several_graphs_without_features_on_a_server(browser: Any, tmp_path: Pat
         tab.page.click("#graphs tbody tr:nth-child(3) a")
         tab.marked("graph")
         assert "stream target" in text_of(tab, "#subtitle")
-        assert "alone" in text_of(tab, "#evidence")
+        assert "No ablations were measured" in text_of(tab, "#evidence")
         tab.page.keyboard.press("j")
         tab.page.wait_for_selector("#panel h2")
         assert whole(tab, "#open") == 0  # no store, so no pages of features

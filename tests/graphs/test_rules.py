@@ -10,13 +10,14 @@ import torch
 from replay import IDS, randomised
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.attribution import Leaves, Target, edges, feature_target
+from fastadapt.graphs.attribution import Leaves, Target, edges, unit_target
 from fastadapt.graphs.rules import carry, linearized
-from fastadapt.graphs.trace import STREAMS, record
+from fastadapt.graphs.trace import record
 from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
 
 MODES = ("target", "hybrid", "replacement")
+STREAMS = ("replacement", "target")  # ranks: test_ranks.py
 RULED = [name for name, paths in ARCHITECTURES.items() if not paths.without_rules]
 
 
@@ -44,7 +45,7 @@ def test_relevance_is_conserved(
     trace = record(model, IDS, stream=stream, rows=3)
     leaves = Leaves(trace)
     assert leaves.n_features > 20
-    targets = [feature_target(trace, leaves, i) for i in range(leaves.n_features)]
+    targets = [unit_target(trace, leaves, i) for i in range(leaves.n_features)]
     targets += [Target("", 6, model.head[v].detach()) for v in (3, 11)]
     weights = edges(trace, leaves, targets)
     for target, row in zip(targets, weights, strict=True):
@@ -59,15 +60,15 @@ def test_relevance_is_lost_by_injection_before_attention(make_pair: Callable[...
     model = randomised(make_pair("qwen2", "float64"))
     trace = record(model, IDS)
     leaves = Leaves(trace)
-    target = feature_target(trace, leaves, leaves.n_features - 1)
+    target = unit_target(trace, leaves, leaves.n_features - 1)
     assert target.layer == 2
-    inputs = [trace.embedding]
+    embedding = trace.embedding[None].clone().requires_grad_()
     with linearized(model):
-        h = trace.embedding
+        h = embedding
         for layer, arguments in enumerate(model.block_inputs(IDS[None], None).arguments[:2]):
             h, _ = model.block(layer, h, arguments, "replacement")
-    row = torch.autograd.grad(h[0, target.position] @ target.direction, inputs)[0]
-    share = float((row * trace.embedding.detach()).sum()) + target.constant
+    row = torch.autograd.grad(h[0, target.position] @ target.direction, embedding)[0]
+    share = float((row * embedding.detach()).sum()) + target.constant
     assert abs(share - target.value(trace)) > 0.1 * abs(target.value(trace))
 
 
@@ -82,7 +83,7 @@ def test_gradient_through_active_features(architecture: str, make_pair: Callable
     trace = record(model, IDS, rows=2)
     n = leaves.n_features
     direct = edges(trace, leaves, [Target("", 6, direction)])[0, :n]
-    between = edges(trace, leaves, [feature_target(trace, leaves, i) for i in range(n)])[:, :n]
+    between = edges(trace, leaves, [unit_target(trace, leaves, i) for i in range(n)])[:, :n]
     through = between / leaves.activation[:n, None]
     walked, step = direct.clone(), direct.clone()
     for _ in range(model.n_layers):
@@ -108,9 +109,12 @@ def test_carry_returns_the_bits_of_the_value() -> None:
 
 def test_bad_requests(make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair("llama"))
-    with pytest.raises(UserError, match="one of leaves, linear, got 'x'"), linearized(model, "x"):  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match="one of leaves, linear, ranks, got 'x'"),
+        linearized(model, "x"),  # type: ignore[arg-type]
+    ):
         pass
-    with pytest.raises(UserError, match="one of replacement, target, got 'base'"):
+    with pytest.raises(UserError, match="one of replacement, target, ranks, got 'base'"):
         record(model, IDS, stream="base")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at most 64 tokens, the model's context, got 65"):
         record(model, [3] * 65)

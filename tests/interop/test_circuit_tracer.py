@@ -205,3 +205,21 @@ def test_targets_without_tokens() -> None:
 def test_every_kind_of_leaf_has_a_type() -> None:
     assert TYPES.keys() == set(KINDS)
     assert slug_of("The Target/7B") == "the-target-7b"
+
+
+def test_base_features_have_numbers_of_their_own() -> None:
+    graph = make_document()
+    features = [node for node in graph["nodes"] if node["kind"] == "feature"]
+    twin, other = [node for node in features if node["layer"] == 1][:2]
+    same = {key: twin[key] for key in ("layer", "position", "feature")}
+    other.update(same, kind="base feature")
+    document = converted(graph)
+    names = [node["node_id"] for node in document["nodes"]]
+    assert len(set(names)) == len(names)
+    label = f"base feature 1/{twin['feature']}"
+    (node,) = [node for node in document["nodes"] if node["clerp"] == label]
+    assert unpaired(node["feature"]) == (1, FEATURES + twin["feature"])
+    assert node["activation"] == pytest.approx(other["activation"])
+    # The control: with equal kinds the two nodes would be one.
+    other.update(kind="feature")
+    assert len(converted(graph)["nodes"]) == len(names) - 1

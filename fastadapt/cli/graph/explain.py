@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, cast
 
 from fastadapt.cli.console import print_table
+from fastadapt.cli.parser import Typed
 from fastadapt.graphs.evidence import EvidenceConfig
 from fastadapt.graphs.explain import Question
 from fastadapt.graphs.graph import GraphConfig
@@ -18,14 +19,10 @@ from fastadapt.graphs.trace import Stream
 
 if TYPE_CHECKING:
     from fastadapt.evaluation.models_under_test import ModelSet
-    from fastadapt.graphs.files import GraphFile
-    from fastadapt.graphs.graph import Graph
+    from fastadapt.graphs.overlay import TranscoderSet
     from fastadapt.graphs.places import Place, PlaceConfig
 
 GRAPHS = "graphs"  # folder in the run
-_SHOWN = 12  # edges in the table
-_PATHS = 5
-_LEAST = 0.05  # share of an edge from which a head is named
 
 
 def graph(
@@ -43,12 +40,17 @@ def graph(
     feature: str | None = None,
     direction: str | None = None,
     position: int | None = None,
-    stream: Stream = "replacement",
+    stream: str = "replacement",
+    base_set: str | None = None,
+    stability: int | None = None,
     output: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    dry_run: Annotated[bool, Typed("--dry-run")] = False,
+    tokens: int | None = None,
+    gpu: str | None = None,
     config: GraphConfig,
     evidence: EvidenceConfig,
 ) -> int:
@@ -72,15 +74,45 @@ def graph(
         direction: explain a direction of the last state: a safetensors file with a tensor
             `direction`
         position: index of the token to explain; by default the last
-        stream: replacement, or target with what the adapters miss as error nodes
+        stream: replacement; target, with what the adapters miss as error nodes; or ranks, the
+            target with the components of its LoRA as nodes
+        base_set: folder of a transcoder set of circuit-tracer for the base, whose features stand
+            for the base's MLPs
+        stability: after the graphs of --prompts or --place, compare this number of strongest
+            features between texts: responses to one prompt, or files whose names are equal up to
+            the first dot (7.txt, 7.a.txt), against others
         output: file to write; for several graphs, a folder; by default graphs in the run
         dtype: float32 or float64
         overwrite: replace files that exist
+        dry_run: print the memory that a graph needs, and end; reads no weights. RUN may then be a
+            preset or a YAML file too
+        tokens: with --dry-run: length of the text, in place of a prompt
+        gpu: with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine
     """
     from fastadapt.errors import UserError
     from fastadapt.graphs.places import PlaceConfig
+    from fastadapt.graphs.trace import check_stream
     from fastadapt.io.names import typed_path
 
+    check_stream(stream, base_set is not None)
+    if dry_run:
+        from fastadapt.cli.graph.plan import print_plan
+
+        print_plan(
+            run,
+            tokens,
+            prompt,
+            stream=cast("Stream", stream),
+            dtype=dtype,
+            gpu=gpu,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            evidence=evidence,
+        )
+        return 0
+    if tokens is not None or gpu is not None:
+        raise UserError("--tokens and --gpu go with --dry-run")
     sources = {"PROMPT": prompt, "--prompts": prompts, "--responses": responses}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -92,9 +124,24 @@ def graph(
             "--token: a place gives the token and its position; leave out --token, --feature, "
             "--direction and --position"
         )
+    if stability is not None and (stability < 1 or prompt is not None):
+        raise UserError(
+            "--stability: expected 1 or more features, with --prompts or --responses; the features "
+            "of one text's graph have nothing to be compared with"
+        )
     contrast = against if responses is None else None
     question = Question(token, contrast, feature, direction, position)
-    work = _Work(run, stream, config, evidence, dtype, device, trust_remote_code, overwrite)
+    work = _Work(
+        run,
+        cast("Stream", stream),
+        base_set,
+        config,
+        evidence,
+        dtype,
+        device,
+        trust_remote_code,
+        overwrite,
+    )
     folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
     if prompt is not None:
         path = folder if output is not None else folder / work.name(prompt, question)
@@ -102,12 +149,14 @@ def graph(
             raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
         work.explain(prompt, question, path)
     elif prompts is not None:
-        for text in _prompts(typed_path(prompts, "--prompts")):
-            work.explain_new(text, question, folder)
+        for name, text in _prompts(typed_path(prompts, "--prompts")):
+            work.explain_new(text, question, folder, group=name.split(".")[0])
     else:
         places = work.list_places(str(responses), PlaceConfig(at, above, after))
         for spot in _pick(places, place):
-            work.explain_new(spot.ids, Question(spot.token, against), folder)
+            work.explain_new(spot.ids, Question(spot.token, against), folder, group=spot.id)
+    if stability is not None and not work.stopped:
+        work.compare(stability, folder)
     if work.stopped:
         print("Stopped; finished graphs are saved. Run the same command again to go on.")
     return 0
@@ -119,6 +168,7 @@ class _Work:
 
     run: str
     stream: Stream
+    base_set: str | None
     config: GraphConfig
     evidence: EvidenceConfig
     dtype: str
@@ -126,6 +176,7 @@ class _Work:
     trust_remote_code: bool
     overwrite: bool
     stopped: bool = False  # by a signal: no further graph is begun
+    groups: dict[Path, str] = field(default_factory=dict)  # of the graphs of this call
 
     @cached_property
     def models(self) -> ModelSet:
@@ -138,23 +189,36 @@ class _Work:
             trust_remote_code=self.trust_remote_code,
         )
 
+    @cached_property
+    def overlay(self) -> TranscoderSet | None:
+        from fastadapt.interop.transcoder_sets import read_transcoder_set
+
+        if self.base_set is None:
+            return None
+        return read_transcoder_set(self.base_set).like(self.models.model.head)
+
     def name(self, text: str | Sequence[int], question: Question) -> str:
         """Return the name of a graph's file, which is that of its settings."""
         settings = [text, self.stream, self.dtype, vars(question), vars(self.config)]
+        settings += [] if self.base_set is None else [str(Path(self.base_set).resolve())]
         packed = json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")
         return f"{hashlib.sha256(packed).hexdigest()[:12]}.json"
 
-    def explain_new(self, text: str | Sequence[int], question: Question, folder: Path) -> None:
+    def explain_new(
+        self, text: str | Sequence[int], question: Question, folder: Path, *, group: str
+    ) -> None:
         """Explain a text unless its graph exists."""
         path = folder / self.name(text, question)
         if self.stopped:
             return
+        self.groups[path] = group
         if path.exists() and not self.overwrite:
             print(f"exists: {path.resolve()}")
         else:
             self.explain(text, question, path)
 
     def explain(self, text: str | Sequence[int], question: Question, path: Path) -> None:
+        from fastadapt.cli.graph.tables import print_base_set, print_graph, texts_of
         from fastadapt.cli.progress import stoppable
         from fastadapt.graphs.explain import explain
         from fastadapt.graphs.files import write_graph
@@ -167,11 +231,29 @@ class _Work:
                 self.config,
                 self.evidence,
                 stream=self.stream,
+                overlay=self.overlay,
+                on_base_set=print_base_set,
                 progress=lambda done, n: progress("features", done, n),
             )
         self.stopped = stop.is_set()
         write_graph(document, path, overwrite=self.overwrite)
-        _print(result, document, path, _labels(Path(self.run), document))
+        print_graph(result, document, path, texts_of(Path(self.run), document))
+
+    def compare(self, top: int, folder: Path) -> None:
+        """Print and save how far the strongest features of this call's graphs agree."""
+        from fastadapt.cli.graph.tables import print_stability
+        from fastadapt.graphs.files import read_graph
+        from fastadapt.graphs.stability import Fingerprint, save, stability
+
+        graphs = [
+            Fingerprint.of_graph(group, read_graph(path), top)
+            for path, group in self.groups.items()
+        ]
+        agreements = stability(graphs, resamples=self.evidence.resamples, seed=self.evidence.seed)
+        print_stability(top, agreements)
+        names = {path.name: group for path, group in self.groups.items()}
+        path = save(folder / "stability", top, agreements, names)
+        print(f"\nstability: {path.resolve()}")
 
     def list_places(self, responses: str, config: PlaceConfig) -> list[Place]:
         """Print and return the places of sampled responses."""
@@ -203,15 +285,15 @@ class _Work:
         return places
 
 
-def _prompts(folder: Path) -> list[str]:
-    """Return the texts of the ``.txt`` files of a folder, in the order of their names."""
+def _prompts(folder: Path) -> list[tuple[str, str]]:
+    """Return names and texts of the ``.txt`` files of a folder, in the order of their names."""
     from fastadapt.errors import UserError
     from fastadapt.io.documents import read_text
 
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise UserError(f"--prompts: expected a folder with .txt files, got {folder}")
-    return [read_text(file).rstrip("\n") for file in files]
+    return [(file.name, read_text(file).rstrip("\n")) for file in files]
 
 
 def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[Place]:
@@ -225,100 +307,3 @@ def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[Place]:
             f"--place: expected numbers from 0 to {len(places) - 1}, or all, got {' '.join(wrong)}"
         )
     return [places[int(n)] for n in numbers]
-
-
-def _labels(run: Path, document: GraphFile) -> dict[tuple[int, int], str]:
-    """Return texts of the graph's features from the store of the run, none without one."""
-    from fastadapt.errors import UserError
-    from fastadapt.graphs.labels import feature_labels, store_of, units_of
-
-    try:
-        store = store_of(run, document)
-    except UserError as error:
-        print(f"Features are shown without their texts: {error}\n")
-        return {}
-    return {} if store is None else feature_labels(store, units_of(document))
-
-
-def _print(
-    graph: Graph, document: GraphFile, path: Path, labels: dict[tuple[int, int], str]
-) -> None:
-    from fastadapt.graphs.labels import node_name, path_in_words, strongest_paths
-    from fastadapt.reporting.formatting import number, percent
-
-    row = document["rows"][0]
-    after = document["tokens"][row["position"]]
-    print(f"{row['name']} after {after!r} (position {row['position']}): {number(row['value'])}\n")
-    heads = {edge["node"]: edge for edge in document["heads"]}
-    rows = []
-    for node, weight in list(zip(row["sources"], row["weights"], strict=True))[:_SHOWN]:
-        edge = heads.get(node)
-        loads = sorted(edge["heads"], key=lambda h: -abs(h[2]))[:2] if edge else []
-        loads = [load for load in loads if abs(load[2]) >= _LEAST * abs(weight)]
-        through = ", ".join(
-            f"{layer}.{head} {percent(part / weight)}" for layer, head, part in loads
-        )
-        rows.append([node_name(document, node), number(weight), through or "–"])
-    print_table(["from", "edge", "through heads"], rows)
-    print()
-    _print_account(document)
-    flow = document["flow"]
-    print(
-        f"\nreplacement {percent(flow['replacement'])}, completeness "
-        f"{percent(flow['completeness'])}; influence ends at tokens {percent(flow['tokens'])}, "
-        f"biases {percent(flow['biases'])}, errors {percent(flow['errors'])}, pruned "
-        f"{percent(flow['pruned'])}; position 0 gives "
-        f"{percent(row['first_position'] / row['size'] if row['size'] else 0)} of the edges\n"
-    )
-    print("strongest paths, with their share of the influence:")
-    for strength, nodes in strongest_paths(graph, document, _PATHS):
-        print(f"  {percent(abs(strength))}: {path_in_words(document, nodes, labels)}")
-    _print_evidence(document)
-    print(f"\ngraph: {path.resolve()}")
-
-
-def _print_account(document: GraphFile) -> None:
-    from fastadapt.reporting.formatting import number
-
-    account = document["account"]
-    labels = {
-        "with_adapters": f"value in the {document['stream']}",
-        "hybrid": "value in the hybrid",
-        "features": "difference: features",
-        "decoder_biases": "difference: adapters' biases",
-        "errors": "difference: errors",
-        "coefficients": "difference: patterns, gates, norms",
-        "remainder": "difference: rounding",
-    }
-    print_table(["quantity", "value"], [[labels[k], number(v)] for k, v in account.items()])
-
-
-def _print_evidence(document: GraphFile) -> None:
-    from fastadapt.reporting.formatting import number, percent
-
-    evidence = document.get("evidence")
-    if evidence is None:
-        return
-    rows = []
-    for sample in evidence["samples"]:
-        for line in sample["correlations"]:
-            cells = [
-                f"{number(mean, 2)} [{number(low, 2)}, {number(high, 2)}]"
-                for mean, low, high in (line["spearman"], line["pearson"])
-            ]
-            rows.append([f"{len(sample['nodes'])} {sample['name']}", line["predictor"], *cells])
-    print()
-    print_table(["ablated features", "predicted by", "Spearman", "Pearson"], rows)
-    curve = evidence["curve"]
-    columns = (
-        curve["ablated"],
-        curve["ablated_random"],
-        curve["isolated"],
-        curve["isolated_random"],
-    )
-    print()
-    print_table(
-        ["features", "ablated", "random", "only these", "random"],
-        [[str(n), *(percent(column[i]) for column in columns)] for i, n in enumerate(curve["n"])],
-    )
-    print(f"\nLater adapters undo {percent(evidence['returned'])} of the ablations' effects.")

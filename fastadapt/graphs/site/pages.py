@@ -28,8 +28,9 @@ from fastadapt.features.site.pages import (
 from fastadapt.features.site.server import PORT, serve_folder
 from fastadapt.features.site.shards import shard
 from fastadapt.features.store.store import Store
-from fastadapt.graphs.files import GraphFile, read_graph
+from fastadapt.graphs.files import read_graph
 from fastadapt.graphs.labels import store_of
+from fastadapt.graphs.schema import GraphFile
 from fastadapt.io.atomic import writing_folder
 from fastadapt.io.names import has_file, typed_path
 

@@ -32,14 +32,16 @@ function drawAccount(file, account) {
       el("i", { class: account[name] < 0 ? "lowers" : "raises", style: { "--size": Math.abs(account[name]) / largest } }),
       el("b", {}, signedNumber(account[name])))));
   }
-  return card("Account of the difference", `value in the ${file.stream} minus the hybrid`,
+  const compared = file.stream === "ranks" ? "value in the target minus that without its low-rank parts"
+    : `value in the ${file.stream} minus the hybrid`;
+  return card("Account of the difference", compared,
     el("p", { class: "sum" }, `${formatNumber(account.with_adapters)} − (${formatNumber(account.hybrid)}) = `, el("b", {}, signedNumber(change))),
     list);
 }
 
 function noAblations({ stream }) {
-  const reason = stream === "replacement" ? "No ablations were measured (--evidence.ablations 0)."
-    : "Ablations are measured for the stream replacement alone.";
+  const reason = stream === "ranks" ? "Ablations are not measured for rank components."
+    : "No ablations were measured (--evidence.ablations 0).";
   return card("Ablations", "", el("p", { class: "none" }, reason));
 }
 

@@ -5,7 +5,9 @@
 const KIND_LABELS = {
   feature: "Feature", token: "Token", "decoder bias": "Adapter's bias",
   "attention bias": "Attention bias", "mlp bias": "MLP bias", error: "Error", target: "Target",
+  "base feature": "Base feature", "rank component": "Rank component",
 };
+const UNIT_KINDS = ["feature", "base feature", "rank component"]; // with a number in their layer
 const MOST_ITEMS = 400; // drawn in a picture, beside pins
 const MOST_EDGES = 2000;
 
@@ -68,7 +70,7 @@ class Graph {
     const { kind, layer, feature, name } = this.items[item];
     if (kind === "target") return inlineText(name);
     if (kind === "token") return KIND_LABELS.token;
-    return kind === "feature" ? `Feature ${layer}/${feature}` : `${KIND_LABELS[kind] ?? kind} ${layer}`;
+    return `${KIND_LABELS[kind] ?? kind} ${layer}${UNIT_KINDS.includes(kind) ? `/${feature}` : ""}`;
   }
 
   /** Returns the name of an item and the token at which it is. */

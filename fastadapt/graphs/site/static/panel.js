@@ -45,7 +45,7 @@ function card(title, note, ...content) {
 }
 
 function ended({ kind }) {
-  return kind === "feature" ? "This feature was not expanded: its influence counts as pruned." : "None: influence ends here.";
+  return UNIT_KINDS.includes(kind) ? "This node was not expanded: its influence counts as pruned." : "None: influence ends here.";
 }
 
 /** Returns what the store says of a feature in one line: its description, or promoted tokens. */
@@ -95,7 +95,7 @@ function facts({ graph }, item) {
     const signed = graph.signed[item];
     add("influence", formatPercent(influence), "share of the target that flows through the node");
     add("over all paths", `${signed < 0 ? "lowers" : "raises"} by ${formatPercent(Math.abs(signed))}`, "sum of signed paths; paths of both signs cancel");
-    if (kind === "feature") add("activation", formatNumber(activation));
+    if (UNIT_KINDS.includes(kind)) add("activation", formatNumber(activation));
     if (graph.effects.has(item)) add("measured effect", signedNumber(graph.effects.get(item)), "change of the target when the feature is removed here");
   }
   return list;

@@ -146,12 +146,16 @@ function drawNode(item, { graph, selected, pinned, select }, { points }, near) {
   return group;
 }
 
-/** Draws the shape of a kind: a circle for features, a square for tokens, diamonds for others. */
+/** Draws the shape of a kind: a circle for features, a triangle for base features and rank
+ * components, a square for tokens, diamonds for others. */
 function shape(kind, x, y, r) {
   if (kind === "feature") return el("circle", { cx: x, cy: y, r });
   if (kind === "token" || kind === "target") {
     const a = kind === "target" ? r : 0.88 * r;
     return el("rect", { x: x - a, y: y - a, width: 2 * a, height: 2 * a, rx: kind === "target" ? 5 : 2 });
+  }
+  if (UNIT_KINDS.includes(kind)) {
+    return el("path", { d: `M${x} ${y - r}L${x + r} ${y + 0.8 * r}L${x - r} ${y + 0.8 * r}Z` });
   }
   return el("path", { d: `M${x} ${y - r}L${x + r} ${y}L${x} ${y + r}L${x - r} ${y}Z` });
 }
@@ -162,7 +166,7 @@ function drawLegend(box, graph) {
     el("g", { class: `node key ${kind.replaceAll(" ", "-")}` }, shape(kind, 7, 7, 5))), text];
   const others = [...kinds].filter((kind) => kind.endsWith("bias"));
   box.replaceChildren(
-    ...key("feature", "feature"), ...key("token", "token"),
+    ...UNIT_KINDS.filter((kind) => kinds.has(kind)).flatMap((kind) => key(kind, kind)), ...key("token", "token"),
     ...(others.length ? key("decoder bias", "bias") : []),
     ...(kinds.has("error") ? key("error", "error") : []),
     el("b", { class: "raises" }, "raises"), el("b", { class: "lowers" }, "lowers"));
