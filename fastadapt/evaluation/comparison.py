@@ -221,7 +221,8 @@ class Comparison:
                     "without": bare,
                     "with": whole,
                     "last": partial_groups(
-                        *([measured[run] for run in groups[name]] for name in (bare, whole)),
+                        [measured[run] for run in groups[bare]],
+                        [measured[run] for run in groups[whole]],
                         "last",
                         self._level,
                     ),

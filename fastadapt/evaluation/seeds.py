@@ -89,7 +89,7 @@ def difference_over_seeds(
     """
     a, b = _values(first, counts[0]), _values(second, counts[1])
     (runs_a, _, noise_a), (runs_b, _, noise_b) = _parts(a), _parts(b)
-    texts = (a.mean(-2) - b.mean(-2)).var(-1) / a.shape[-1] - noise_a - noise_b
+    texts = _variance(a.mean(-2) - b.mean(-2)) / a.shape[-1] - noise_a - noise_b
     mean = a.mean((-2, -1)) - b.mean((-2, -1))
     runs, sizes = torch.stack([runs_a, runs_b]), [a.shape[-2], b.shape[-2]]
     unbounded = (-math.inf, math.inf)
@@ -112,7 +112,12 @@ def _parts(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     runs, texts = y.mean(-1), y.mean(-2)
     e = y - runs[..., None] - texts[..., None, :] + y.mean((-2, -1))[..., None, None]
     noise = e.square().sum((-2, -1)) / ((s - 1) * (n - 1)) / (s * n)
-    return runs.var(-1) / s, texts.var(-1) / n, noise
+    return _variance(runs) / s, _variance(texts) / n, noise
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Return the variance over the last dimension; NaN for one value, without torch's warning."""
+    return (x - x.mean(-1, keepdim=True)).square().sum(-1) / (x.shape[-1] - 1)
 
 
 def _levels(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import shown
 from fastadapt.study.conditions import BIAS
 from fastadapt.study.report import RATE, verdict
-from reproduce.paper.finding import NOT_MEASURABLE, Finding, Measure, Result, meet
+from reproduce.paper.finding import NOT_MEASURABLE, Finding, Measure, Result, joined, meet
 
 # --- places where a word belongs (contrast.json) --------------------------------------------------
 
@@ -112,6 +112,23 @@ def unharmed(result: Result) -> Finding | None:
     same = meet(arm["accuracy"], whole["accuracy"])
     text = f"{shown(arm['accuracy'], percent)}, with it {shown(whole['accuracy'], percent)}"
     return Finding(text, "yes, not clearly" if same else "no")
+
+
+def unharmed_by_benchmark(result: Result) -> Finding | None:
+    """Accuracy on each benchmark is unchanged without the set."""
+    arm = next(_arms(result, "ablate"), None)
+    whole = next((a for a in _arms(result, None) if a["model"] == "adapter"), None)
+    if arm is None or whole is None or not whole.get("benchmarks"):
+        return None
+    texts, verdicts = [], []
+    for task, before in whole["benchmarks"].items():
+        after = arm["benchmarks"][task]
+        same = meet(after["accuracy"], before["accuracy"])
+        verdicts.append("yes, not clearly" if same else "no")
+        accuracies = (shown(scores["accuracy"], percent) for scores in (before, after))
+        lengths = (number(scores["length"]["mean"]) for scores in (before, after))
+        texts.append(f"{task} {' to '.join(accuracies)}, {' to '.join(lengths)} tokens")
+    return Finding("; ".join(texts), joined(verdicts))
 
 
 def added(result: Result) -> Finding | None:

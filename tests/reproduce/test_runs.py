@@ -80,7 +80,7 @@ def test_dependent_runs_match_the_l0_and_scale_the_tokens(tmp_path: Path) -> Non
     assert configs["no-bridge-matched"].objective.sparsity == pytest.approx(0.00243, rel=0.01)
     assert configs["whole-mlp-matched"].objective.sparsity == 3.7e-2  # matched already
     scaled = configs["norms-scaled"]
-    tokens = scaled.optimizer.max_steps * scaled.optimizer.batch_size * 173_213 / 2000
+    tokens = (scaled.optimizer.max_steps or 0) * scaled.optimizer.batch_size * 173_213 / 2000
     assert tokens == pytest.approx(831_016 * 1e6 / (50_000 * 7_600), rel=0.03)
 
 
@@ -95,7 +95,7 @@ def test_matching_moves_l0_the_right_way() -> None:
 
 def test_matching_needs_the_runs_it_depends_on(tmp_path: Path) -> None:
     finished(tmp_path, MEASURED)
-    command = [sys.executable, SCRIPTS / "matching.py", tmp_path]
+    command: list[str | Path] = [sys.executable, SCRIPTS / "matching.py", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "whole-mlp/adapter/fastadapt.json: expected a finished run; train it" in result.stderr

@@ -214,11 +214,9 @@ def places(**changes: float) -> dict[str, Any]:
     for (kind, name, random), numbers in values.items():
         key = f"{kind} {name}{' random' * random}"
         ((measure, value),) = numbers.items()
-        numbers = {measure: interval(changes.get(key, value))}
-        models.append(
-            {"kind": kind, "set": name, "random": random, "name": key, "features": 9}
-            | {"kinds": {"all": numbers}}
-        )
+        arm: dict[str, Any] = {"kind": kind, "set": name, "random": random}
+        measured = {measure: interval(changes.get(key, value))}
+        models.append({**arm, "name": key, "features": 9, "kinds": {"all": measured}})
     return {"models": models}
 
 
@@ -241,7 +239,10 @@ def test_claims_about_places(measure: Any, key: str, value: float, refuted: str)
 
 def study(removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2) -> dict[str, Any]:
     def arm(kind: str | None, rate: float, **more: Any) -> dict[str, Any]:
-        measured = {"hesitations_per_1000": interval(rate), "accuracy": interval(0.5)}
+        accuracy = more.get("accuracy", interval(0.5))
+        scores = {"accuracy": accuracy, "length": interval(40.0)}
+        measured = {"hesitations_per_1000": interval(rate), "accuracy": accuracy}
+        measured["benchmarks"] = {"first": {**scores, "accuracy": interval(0.5)}, "second": scores}
         return {"kind": kind, "times": 0, "selection": "main", "model": "adapter"} | measured | more
 
     claim = {"kind": "ablate", "selection": "main", "times": 0, "scale": None}
@@ -263,7 +264,13 @@ def test_claims_about_a_study() -> None:
     assert h.removed(0)(study()) == Finding("reduction 80.0% [79.0, 81.0]", "yes")
     assert h.removed(0)(study(removed=4.0)).verdict == "no"  # type: ignore[union-attr]
     assert h.removed(1)(study()) is None
-    for measure, refuting in ((h.unharmed, {"accuracy": 0.4}), (h.added, {"template": 7.0})):
+    cases: list[tuple[Any, dict[str, float]]] = [
+        (h.unharmed, {"accuracy": 0.4}),
+        (h.unharmed_by_benchmark, {"accuracy": 0.4}),
+        (h.added, {"template": 7.0}),
+    ]
+    assert h.unharmed_by_benchmark(study(accuracy=0.4)).verdict == "no for 1 of 2"  # type: ignore[union-attr]
+    for measure, refuting in cases:
         assert measure(study()).verdict.startswith("yes")  # type: ignore[union-attr]
         assert measure(study(**refuting)).verdict.startswith("no")  # type: ignore[union-attr]
 
