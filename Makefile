@@ -22,9 +22,11 @@ IN_PARALLEL := -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reor
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 COVERAGE := --cov --cov-report=term:skip-covered
 
-# What `make reproduce` compares, in the order of its tables.
-REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \
-	no-bridge dense skyline
+# What `make reproduce` compares, in the order of its tables. Runs with three seeds are one group there.
+seeds = $1 $1-seed1 $1-seed2
+REPRODUCED := bias norms-scaled norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 \
+	$(call seeds,sparsity-4.3e-3) no-bridge $(call seeds,no-bridge-matched) \
+	whole-mlp $(call seeds,whole-mlp-matched) dense lora skyline
 
 # The densest adapter of the sweep: the one that reasons best has most to show when it is changed.
 STUDIED := sparsity-4.3e-3
@@ -46,9 +48,10 @@ test: lint  ## lint, type check, and the quick tests
 coverage: lint  ## the quick tests with coverage, which must reach the bound in pyproject.toml
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
-reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: tables, plots; goes on where it was
+reproduce: $(VENV)/.eval  ## train and compare 21 runs on the embedded pair: tables, plots, claims; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce
 	$(BIN)/fastadapt eval $(REPRODUCED:%=runs/reproduce/%) --benchmarks.few_shot 4
+	$(BIN)/python -m reproduce.paper runs/reproduce --out runs/reproduce/paper.md
 
 study: $(VENV)/.eval  ## switch features of one of these runs, and see what they do: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)

@@ -1,8 +1,8 @@
 """Read and write folders of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-Transcoders, of the kind ``transcoder_adapter``, are added to the base's MLPs. Weights of the other
-kinds, ``mlp``, ``norms`` and ``bias``, replace weights of the model and are read by
-:mod:`fastadapt.models.trained_files`.
+Transcoders, of the kind ``transcoder_adapter``, are added to the base's MLPs, or replace them.
+Weights of the other kinds, ``mlp``, ``norms``, ``bias`` and ``lora``, change the model itself and
+are read by :mod:`fastadapt.models.trained_files`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save_adapters(
 
     The JSON file holds the schema version, the kind, the widths and ``metadata``. For transcoders
     it also holds the orientation of the matrices (one row per feature in both), the hook (the MLP's
-    input, after the norm and its weight) and the statement that their output is *added*. It is
+    input, after the norm and its weight) and whether their output is *added*. It is
     written last: a folder with ``fastadapt.json`` is complete.
 
     Adapters in the folder are replaced after all new ones are on the disk. Files with other names
@@ -108,7 +108,7 @@ def write_adapters(
     if first is None:
         raise UserError("expected one adapter per layer to save, got none")
     card = {"schema_version": SCHEMA_VERSION, **first, "n_layers": len(shapes)}
-    if not card["additive"]:
+    if card["kind"] != TRANSCODER:
         card["tensors"] = shapes
     card["metadata"] = dict(metadata or {})
     (path / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -144,6 +144,7 @@ class AdapterSection(TypedDict):
     bandwidth: int | float | None
     initial_threshold: int | float | None
     bias: NotRequired[bool]
+    base_mlp: NotRequired[bool]
     implementation: str
 
 
@@ -289,10 +290,14 @@ def transcoder_readers(path: Path, card: dict[str, Any]) -> list[Callable[[], Tr
         UserError: ``card`` does not describe transcoders, or does not match the files.
     """
     card_file = str(path / CARD)
-    if card["additive"] is not True:
-        raise UserError(f"{card_file}: 'additive' must be true for transcoders")
     check(card, TranscoderCard, card_file)
     card["adapter"] = read_settings(card["adapter"], card_file)
+    if card["additive"] is not card["adapter"].base_mlp:
+        beside = "beside the base's MLPs" if card["adapter"].base_mlp else "in place of them"
+        raise UserError(
+            f"{card_file}: 'additive' must be {str(card['adapter'].base_mlp).lower()} for "
+            f"transcoders {beside}"
+        )
     return layer_readers(path, card, _read_transcoder)
 
 

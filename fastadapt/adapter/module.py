@@ -44,6 +44,8 @@ class AdapterConfig:
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
         bias: whether adapters have ``b_dec``, which the sparsity penalty does not reach. Without
             it, only features add to the output of the base's MLPs.
+        base_mlp: whether the base's MLP runs beside the adapter. Without it, the adapter computes
+            the whole output of the MLP in the mode ``replacement``: it is an ordinary transcoder.
         implementation: implementation of the kernel: ``auto``, ``reference``, ``sparse`` (on a
             CPU) or ``triton`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
             Files of earlier versions may name ``triton_fused``, which is read as ``triton``.
@@ -58,6 +60,7 @@ class AdapterConfig:
     bandwidth: float | None = None
     initial_threshold: float | None = None
     bias: bool = True
+    base_mlp: bool = True
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -233,11 +236,12 @@ class TranscoderAdapter(nn.Module):
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe this adapter."""
+        place = "added to the base MLP's" if self.config.base_mlp else "in place of the base MLP's"
         return {
             "kind": "transcoder_adapter",
-            "additive": True,
+            "additive": self.config.base_mlp,
             "hook_in": "mlp.input (after the norm, norm weight included)",
-            "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
+            "hook_out": f"mlp.output ({place}, before any post-norm)",
             "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
             "d_in": self.d_in,
             "d_out": self.d_out,

@@ -14,7 +14,7 @@ from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import UserError
 from fastadapt.evaluation.comparison import Comparison, EvalConfig
-from fastadapt.evaluation.folder import PARTS, Part, opened
+from fastadapt.evaluation.folder import PARTS, Part, opened, tables_of
 from fastadapt.io.names import typed_path
 from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig
 
@@ -48,7 +48,6 @@ def evaluate(
         overwrite: remove the contents of --output first
     """
     from fastadapt.evaluation.models_under_test import ModelSet
-    from fastadapt.reporting.tables import tables
 
     folder = typed_path(output, "--output") if output else default_output(runs)
     students = ModelSet.open(
@@ -61,7 +60,7 @@ def evaluate(
         print(f"Stopped; finished measurements are saved in {folder}.")
         print(resume_hint(overwrite=overwrite))
         return 0
-    for table in tables(result):
+    for table in tables_of(result):
         print(table.title)
         print_table(table.head, table.rows)
         print()

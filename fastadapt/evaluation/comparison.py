@@ -18,16 +18,21 @@ from typing import Any
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.run_all import complete_config, count_texts, run_models
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig, require_questions
-from fastadapt.evaluation.benchmarks.scores import summarise_benchmarks
+from fastadapt.evaluation.benchmarks.scores import (
+    Results,
+    summarise_benchmarks,
+    summarise_groups,
+)
 from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
 from fastadapt.evaluation.faithfulness.partial_replacement import (
-    Partial,
     PartialConfig,
     measure_partial,
 )
 from fastadapt.evaluation.faithfulness.summary import (
     order,
+    output_groups,
     partial_gaps,
+    partial_groups,
     summarise_output,
     summarise_partial,
 )
@@ -37,10 +42,13 @@ from fastadapt.evaluation.folder import PARTS, Part, read_part, write
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.evaluation.runs import ComparedModel, seed_groups
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.models.self_check import check_traversal
 
 SCHEMA_VERSION = 1
+#: Largest difference of the L0 of two adapters that are compared at equal L0, as a share.
+SAME_L0 = 0.1
 #: Progress callback: label, completed, total.
 Progress = Callable[[str, int, int], None]
 
@@ -161,9 +169,11 @@ class Comparison:
         answers = answer_starts(texts, self.models.tokenizer)
         summary = summarise_output(measured, texts, answers, self.config.statistics)
         ranked = [name for name in self._ranking(summary) if name in measured]
+        groups = self._groups
         return {
             "faithfulness": summary,
             "order": order(measured, ranked, self.config.statistics),
+            **({"seeds": output_groups(measured, groups, self._level)} if groups else {}),
         }
 
     def _ranking(self, summary: Mapping[str, Any]) -> list[str]:
@@ -173,7 +183,9 @@ class Comparison:
         are left out.
         """
         compared = self.models.compared.items()
+        repeated = {name for first, *others in self._groups.values() for name in others}
         sweep = [n for n, m in compared if m.kind == "transcoder" and not m.variant]
+        sweep = [name for name in sweep if name not in repeated]
         sweep.sort(key=lambda name: summary[name]["l0"])
         skylines = [n for n, m in compared if m.kind == "mlp"]
         skylines.sort(key=lambda name: summary[name]["top1_error"]["mean"])
@@ -190,31 +202,64 @@ class Comparison:
         )
         if self.stop.is_set():
             return {}
+        groups = self._groups
+        pairs = self._bridged_pairs()
         return {
             "partial": summarise_partial(measured, self.config.statistics),
-            "bridge": self._bridge(measured),
+            "bridge": [
+                {
+                    "without": bare,
+                    "with": whole,
+                    "last": partial_gaps(
+                        measured[bare], measured[whole], "last", self.config.statistics
+                    ),
+                }
+                for bare, whole in pairs
+            ],
+            "bridge_seeds": [
+                {
+                    "without": bare,
+                    "with": whole,
+                    "last": partial_groups(
+                        [measured[run] for run in groups[bare]],
+                        [measured[run] for run in groups[whole]],
+                        "last",
+                        self._level,
+                    ),
+                }
+                for bare, whole in pairs
+                if bare in groups and whole in groups
+            ],
         }
 
-    def _bridge(self, measured: Mapping[str, Partial]) -> list[dict[str, Any]]:
-        """Compare adapters trained without and with the bridge, of one sparsity, paired by text.
+    def _bridged_pairs(self) -> list[tuple[str, str]]:
+        """Return pairs of adapters trained without and with the bridge, alike in λ or in L0.
 
         When only the last layers are replaced, their inputs come from layers of the target. The
-        bridge trains adapters for such inputs (target→adapter).
+        bridge trains adapters for such inputs (target→adapter). Of runs that differ by their seed
+        only, the first stands for all.
         """
-        adapters = [m for m in self.models.compared.values() if m.kind == "transcoder"]
-        return [
-            {
-                "without": ablated.name,
-                "with": whole.name,
-                "last": partial_gaps(
-                    measured[ablated.name], measured[whole.name], "last", self.config.statistics
-                ),
-            }
-            for ablated in adapters
-            for whole in adapters
-            if (ablated.variant, whole.variant) == ("no-bridge", "")
-            and ablated.sparsity == whole.sparsity
+        repeated = {name for first, *others in self._groups.values() for name in others}
+        adapters = [
+            m
+            for m in self.models.compared.values()
+            if m.kind == "transcoder" and m.name not in repeated
         ]
+        return [
+            (bare.name, whole.name)
+            for bare in adapters
+            for whole in adapters
+            if (bare.variant, whole.variant) == ("no-bridge", "") and alike(bare, whole)
+        ]
+
+    @property
+    def _groups(self) -> dict[str, list[str]]:
+        """Runs that differ by their seed only, by the name of the first."""
+        return seed_groups(self.models.compared.values())
+
+    @property
+    def _level(self) -> float:
+        return self.config.statistics.level
 
     def _benchmarks(self) -> dict[str, Any]:
         config, folder = self._benchmark_config(), self.folder / "benchmarks"
@@ -226,7 +271,12 @@ class Comparison:
                 results, self.config.statistics, words=config.hesitation_words
             ),
             "benchmark_counts": count_texts(results),
+            **({"benchmark_seeds": answers} if (answers := self._answers(results)) else {}),
         }
+
+    def _answers(self, results: Results) -> dict[str, Any]:
+        groups = self._groups
+        return summarise_groups(results, groups, self._level) if groups else {}
 
     def _benchmark_config(self) -> BenchmarkConfig:
         return complete_config(self.models, self.config.benchmarks, self.config.sampling)
@@ -263,3 +313,12 @@ class Comparison:
             }
             for name, model in self.models.compared.items()
         ]
+
+
+def alike(first: ComparedModel, second: ComparedModel) -> bool:
+    """Return whether two adapters were trained with one sparsity, or have about one L0."""
+    if first.sparsity == second.sparsity:
+        return True
+    if not first.l0 or not second.l0:
+        return False
+    return abs(first.l0 - second.l0) <= SAME_L0 * max(first.l0, second.l0)

@@ -34,6 +34,7 @@ from fastadapt.io.workspace import Workspace
 from fastadapt.reporting.figures import Figure, figures
 from fastadapt.reporting.page import write_page
 from fastadapt.reporting.rendering import write_png
+from fastadapt.reporting.seed_tables import seed_tables
 from fastadapt.reporting.tables import Table, as_latex, as_markdown, tables
 
 LOCK = ".lock"
@@ -103,7 +104,12 @@ def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
     """Write ``eval.json``, and its tables, plots and page, into an evaluation's folder."""
-    present(result, tables(result), figures(result), folder, "evaluation", "eval.json")
+    present(result, tables_of(result), figures(result), folder, "evaluation", "eval.json")
+
+
+def tables_of(result: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of ``eval.json``: those of runs, then those of seeds."""
+    return [*tables(result), *seed_tables(result)]
 
 
 def present(

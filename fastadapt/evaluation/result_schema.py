@@ -100,6 +100,59 @@ class Neighbours(TypedDict):
     holds: Literal["yes", "tie", "no"] | None
 
 
+class SeedGroup(TypedDict):
+    """Runs that differ by their seed only; intervals are over seeds and texts."""
+
+    name: str
+    runs: Annotated[list[str], msgspec.Meta(min_length=2)]
+    l0: NonNegative | None
+    kl: Interval
+    top1_error: Interval
+
+
+class SeedGap(TypedDict):
+    """Differences between two groups of runs, above minus below."""
+
+    above: str
+    below: str
+    kl: Interval
+    top1_error: Interval
+
+
+class SeedOutputs(TypedDict):
+    """Output faithfulness of groups of runs that differ by their seed only."""
+
+    groups: list[SeedGroup]
+    differences: list[SeedGap]
+
+
+class AnsweringGroup(TypedDict):
+    """Benchmark scores of runs that differ by their seed only."""
+
+    name: str
+    runs: Annotated[list[str], msgspec.Meta(min_length=2)]
+    accuracy: Interval
+    length: Interval
+    hesitations_per_1000: Interval
+
+
+class AnsweringGap(TypedDict):
+    """Differences of benchmark scores between two groups of runs, above minus below."""
+
+    above: str
+    below: str
+    accuracy: Interval
+    length: Interval
+    hesitations_per_1000: Interval
+
+
+class SeedAnswers(TypedDict):
+    """Scores of groups of runs on one benchmark."""
+
+    groups: list[AnsweringGroup]
+    differences: list[AnsweringGap]
+
+
 class Texts(TypedDict):
     """Numbers of texts, and of predicted tokens, on which models were compared."""
 
@@ -177,6 +230,7 @@ class OutputsPart(TypedDict):
 
     faithfulness: dict[str, Faithfulness]
     order: NotRequired[list[Neighbours]]
+    seeds: NotRequired[SeedOutputs]
     texts: Texts
     notes: NotRequired[dict[str, str]]
 
@@ -186,6 +240,7 @@ class PartialPart(TypedDict):
 
     partial: dict[str, PartialCurves]
     bridge: NotRequired[list[Bridge]]
+    bridge_seeds: NotRequired[list[Bridge]]
     texts: Texts
 
 
@@ -204,6 +259,7 @@ class BenchmarksPart(TypedDict):
 
     benchmarks: dict[str, _ByModel]
     benchmark_counts: dict[str, str]
+    benchmark_seeds: NotRequired[dict[str, SeedAnswers]]
     notes: NotRequired[dict[str, str]]
 
 
@@ -228,7 +284,8 @@ def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> Non
             )
     curves = sections.get("partial", {})
     sizes = {len(c[family]) + (family == "single") for c in curves.values() for family in FAMILIES}
-    sizes |= {len(pair["last"]) for pair in sections.get("bridge", ())}
+    for key in ("bridge", "bridge_seeds"):
+        sizes |= {len(pair["last"]) for pair in sections.get(key, ())}
     if len(sizes) > 1:
         raise DocumentError(
             f"{source}: partial, bridge: expected lists 'first' and 'last' of equal length for all "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from fastadapt.io.documents import DocumentError, Name, read_yaml
 from fastadapt.io.names import check_name, has_file, typed_path
 from fastadapt.models.pair import PairConfig
 from fastadapt.organism import resolve
-from fastadapt.training.config import TRUST, recorded_trust
+from fastadapt.training.config import FREE_ON_RESUME, TRUST, recorded_trust
 
 #: Names of models that every pair has. No run may have one of them.
 BUILT_IN = ("target", "base", "hybrid")
@@ -28,12 +30,17 @@ class ComparedModel:
 
     Attributes:
         name: ``base``, ``hybrid``, or the name of the run.
-        kind: ``base``, ``hybrid``, ``transcoder``, ``mlp`` or ``norms``.
+        kind: ``base``, ``hybrid``, ``transcoder``, or a baseline's
+            (:mod:`fastadapt.models.baselines`).
         run: folder of the run; None for the base and the hybrid.
         sparsity, bridge: weights of these losses in the training.
         l0: active features per token and layer, measured by the run on held-out data.
         tokens: number of tokens of the training.
         changed: interventions on the features after the training, oldest first, in words.
+        whole_mlp: whether transcoders compute the whole MLP, without the base's beside them.
+        seed: seed of the training.
+        recipe: digest of the training's configuration without the seed; None if not recorded. Runs
+            with one recipe differ by their seeds only.
     """
 
     name: str
@@ -44,15 +51,20 @@ class ComparedModel:
     l0: float | None = None
     tokens: int | None = None
     changed: tuple[str, ...] = ()
+    whole_mlp: bool = False
+    seed: int | None = None
+    recipe: str | None = None
 
     @property
     def variant(self) -> str:
-        """``dense`` or ``no-bridge`` for an ablation of the training, ``changed`` for an adapter
-        with interventions, otherwise empty."""
+        """``dense``, ``no-bridge`` or ``whole-mlp`` for another training of transcoders,
+        ``changed`` for an adapter with interventions, otherwise empty."""
         if self.kind != "transcoder":
             return ""
         if self.changed:
             return "changed"
+        if self.whole_mlp:
+            return "whole-mlp"
         return "dense" if self.sparsity == 0 else "no-bridge" if self.bridge == 0 else ""
 
     @property
@@ -61,13 +73,15 @@ class ComparedModel:
         if self.kind == "transcoder":
             weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
             bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
-            return ", ".join([f"adapter{weight}{bridge}", *self.changed])
+            name = "transcoder of the whole MLP" if self.whole_mlp else "adapter"
+            return ", ".join([f"{name}{weight}{bridge}", *self.changed])
         return {
             "base": "the whole base model",
             "hybrid": "target with the base's MLPs",
             "mlp": "hybrid, MLPs fine-tuned",
             "norms": "hybrid, norms refit",
             "bias": "hybrid, a bias per layer",
+            "lora": "hybrid, low-rank update of MLPs",
         }[self.kind]
 
     @classmethod
@@ -84,7 +98,28 @@ class ComparedModel:
             l0=measured.get("l0_mean"),
             tokens=measured.get("tokens"),
             changed=tuple(map(_describe_change, metadata.get("interventions") or ())),
+            whole_mlp=card["kind"] == TRANSCODER and not card["adapter"].base_mlp,
+            seed=seed if isinstance(seed := metadata.get("seed"), int) else None,
+            recipe=None if metadata.get("interventions") else _recipe(run),
         )
+
+
+def seed_groups(models: Iterable[ComparedModel]) -> dict[str, list[str]]:
+    """Return the names of runs that differ by their seed only, by the name of the first.
+
+    Groups have two runs or more. Of runs with equal seeds, the first counts.
+
+    Example:
+        >>> runs = [ComparedModel(f"run{i}", "mlp", seed=i % 2, recipe="a") for i in range(3)]
+        >>> seed_groups([*runs, ComparedModel("other", "mlp", seed=0, recipe="b")])
+        {'run0': ['run0', 'run1']}
+    """
+    by_recipe: dict[str, dict[int, str]] = {}
+    for model in models:
+        if model.recipe is not None and model.seed is not None:
+            by_recipe.setdefault(model.recipe, {}).setdefault(model.seed, model.name)
+    groups = (list(by_seed.values()) for by_seed in by_recipe.values())
+    return {names[0]: names for names in groups if len(names) > 1}
 
 
 class PairSection(TypedDict):
@@ -230,6 +265,20 @@ def check_same_pair(first: PairConfig, other: PairConfig, run: str, other_run: s
             f"{other_run}: expected a pair in {first.dtype}, as in {run}, got {other.dtype}; "
             "pass --dtype to evaluate both in one dtype"
         )
+
+
+def _recipe(run: Path) -> str | None:
+    """Return the digest of a run's configuration, without its seed and what changes no weight."""
+    if not has_file(run / "config.yaml"):
+        return None
+    values = read_yaml(run / "config.yaml", dict[str, dict[str, Any]])
+    recipe = {
+        f"{component}.{key}": value
+        for component, keys in values.items()
+        for key, value in keys.items()
+        if f"{component}.{key}" not in FREE_ON_RESUME | {"run.seed"}
+    }
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _describe_change(step: Mapping[str, Any]) -> str:

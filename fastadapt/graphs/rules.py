@@ -141,6 +141,11 @@ def check_model(model: ReplacementModel, features: Features = "leaves") -> None:
             )
     elif model.n_features == 0:
         raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
+    if not all(mlp.adapter.config.base_mlp for mlp in model.mlps):  # type: ignore[union-attr]
+        raise UserError(
+            "graphs: expected adapters beside the base's MLPs, got transcoders that replace them "
+            "(adapter.base_mlp is false)"
+        )
     if model.paths.without_rules:
         kind = model.model.config.model_type
         raise UserError(

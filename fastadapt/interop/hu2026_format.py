@@ -130,6 +130,11 @@ def write_published(
             "the published format needs a Qwen2 model with ReLU adapters; this is "
             f"{config.get('model_type')} with {first.config.activation}"
         )
+    if not first.config.base_mlp:
+        raise UserError(
+            "the published format needs adapters beside the base's MLPs; these transcoders replace "
+            "them (adapter.base_mlp is false)"
+        )
     biased, index, text = first.config.bias, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))

@@ -84,6 +84,8 @@ class Intervention:
 
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
         """Return a changed copy of one layer's adapter; ``rows`` are the set's features in it."""
+        if self.kind == "onto-target":
+            check_beside(adapter)
         selected = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
         others = float(self.kind == "ablate")
         factors = torch.full((adapter.n_features,), others, dtype=torch.float64)
@@ -174,6 +176,16 @@ def _transcoder(adapter: nn.Module) -> TranscoderAdapter:
     return adapter
 
 
+def check_beside(adapter: TranscoderAdapter) -> None:
+    """Raise ``UserError`` if an adapter computes the whole MLP: it cannot add to the target's."""
+    if not adapter.config.base_mlp:
+        raise UserError(
+            "onto-target: these transcoders compute the whole output of an MLP (adapter.base_mlp "
+            "is false), so their features cannot be added to the target's MLPs; ablate features, "
+            "or give a run with adapter.base_mlp true"
+        )
+
+
 def check_fit(features: FeatureSet, n_layers: int, n_features: int) -> None:
     """Raise ``UserError`` if a set belongs to adapters of another shape."""
     if features.shape != (n_layers, n_features):
@@ -221,8 +233,10 @@ def scale_features(
     per_layer = _factors(features, factor, len(adapters), adapters[0].n_features)
     if onto not in ("base", "target"):
         raise UserError(f"onto: expected base or target, got {onto!r}")
-    if onto == "target" and any(mlp.target is None for mlp in mlps):
-        raise UserError("onto='target': this checkpoint does not hold the target's MLPs")
+    if onto == "target":
+        check_beside(adapters[0])
+        if any(mlp.target is None for mlp in mlps):
+            raise UserError("onto='target': this checkpoint does not hold the target's MLPs")
     changed = []
     for layer, adapter in enumerate(adapters):
         if onto == "base" and not per_layer[layer]:

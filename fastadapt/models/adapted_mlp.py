@@ -1,6 +1,7 @@
 """A block's MLP in three modes: target, hybrid (the base's MLP), replacement (base plus adapter).
 
-For baselines (:mod:`fastadapt.models.baselines`), ``replacement`` uses the trained weights.
+An adapter with ``base_mlp`` false is the whole MLP of the mode ``replacement``. For baselines
+(:mod:`fastadapt.models.baselines`), that mode uses the trained weights.
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ class AdaptedMLP(nn.Module):
         call = self.call
         if call is None:
             dense = self._dense_in_capture(x)
+            residual = self.base(x) if self.adapter.config.base_mlp else None
             if not has_hooks(self.adapter):
-                return self.adapter.transcode(x, self.base(x), dense=dense)
+                return self.adapter.transcode(x, residual, dense=dense)
             plan = None if dense is None else CodeLayout(dense)
-            return self.adapter(x, residual=self.base(x), plan=plan)[0]
+            return self.adapter(x, residual=residual, plan=plan)[0]
         # The base runs last, so that a recompute can stop before its down_proj: see
         # fastadapt.models.recompute.
         out, call.aux = self.adapter(
@@ -88,7 +90,7 @@ class AdaptedMLP(nn.Module):
             plan=call.plan,
             return_codes=call.return_codes,
         )
-        return out + self.base(x)
+        return out + self.base(x) if self.adapter.config.base_mlp else out
 
     def _dense_in_capture(self, x: Tensor) -> bool | None:
         """Return True where the capture of a CUDA graph forbids a choice that synchronizes.

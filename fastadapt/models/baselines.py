@@ -1,4 +1,4 @@
-"""Baselines: runs that train weights of the model itself, its MLPs, its norms or biases.
+"""Baselines: runs that train weights of the model itself, its MLPs, norms or biases, or a LoRA.
 
 All start as the hybrid, bit for bit. The first two are from arXiv 2602.20904:
 
@@ -8,16 +8,22 @@ All start as the hybrid, bit for bit. The first two are from arXiv 2602.20904:
   the architecture has them, and the last one. The base's MLPs stay unchanged.
 - ``bias`` trains one vector per layer, which is added to the output of the base's MLP. An adapter
   contains such a vector as ``b_dec``, so this bounds what needs no features.
+- ``lora`` trains a low-rank update of each matrix of the base's MLPs. With the rank that
+  :class:`LoraConfig` chooses, it has as many parameters as adapters, all of them used at each
+  token: it shows what the same number of weights reaches without sparse features.
 
-The trained weights are copies with the names of the weights in the model. In the mode
-``replacement`` the model's own modules compute with the copies.
+The trained weights are copies with the names of the weights in the model, or what is added to
+these weights. In the mode ``replacement`` the model's own modules compute with them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,9 +34,49 @@ if TYPE_CHECKING:
     from fastadapt.models.pair import ModelPair
 
 #: Names of the baselines.
-Baseline = Literal["mlp", "norms", "bias"]
+Baseline = Literal["mlp", "norms", "bias", "lora"]
 #: Name of the model's last norm among the weights of the last layer.
 FINAL_NORM = "final_norm"
+#: Ends of the names of a low-rank update's factors, ``A [r, in]`` and ``B [out, r]``.
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Rank of the low-rank updates of a model, the same for each matrix of each MLP.
+
+    Args:
+        rank: the rank; None: the one whose number of parameters is nearest to that of adapters.
+        n_features: features per layer of these adapters.
+
+    Example:
+        >>> LoraConfig(None, n_features=8192).rank_for(3584, [(18944, 3584)] * 3)  # Qwen2.5-7B
+        869
+    """
+
+    rank: int | None
+    n_features: int
+
+    def rank_for(self, width: int, shapes: Sequence[tuple[int, int]]) -> int:
+        """Return the rank of a model, at most the full rank of its smallest matrix.
+
+        Args:
+            width: width of the residual stream, D. An adapter has ``2FD + F + D`` parameters.
+            shapes: shapes of the matrices of one MLP. Each has ``r (out + in)`` parameters.
+
+        Raises:
+            UserError: the given rank exceeds the full rank.
+        """
+        full = min(min(shape) for shape in shapes)
+        if self.rank is None:
+            adapter = 2 * self.n_features * width + self.n_features + width
+            return min(full, max(1, round(adapter / sum(map(sum, shapes)))))
+        if self.rank > full:
+            raise UserError(
+                f"run.rank: expected at most {full}, the full rank of the MLPs' smallest matrix, "
+                f"got {self.rank}"
+            )
+        return self.rank
 
 
 class TunedWeights(nn.Module):
@@ -118,6 +164,30 @@ class TunedBias(TunedWeights):
         return out + self.bias
 
 
+class LowRankMLP(TunedWeights):
+    """Factors of the updates of an MLP's matrices, each ``W + B A`` in the mode ``replacement``.
+
+    The sum is rounded to the dtype of ``W``, as in a checkpoint of the merged weights.
+    """
+
+    kind = "lora"
+
+    @property
+    def rank(self) -> int:
+        """The rank of the updates."""
+        return int(next(p for name, p in self.named_parameters() if name.endswith(LORA_A)).shape[0])
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Return ``base(x)`` computed with the updated matrices; ``x [..., D]``."""
+        factors = dict(self.named_parameters())
+        merged = {
+            name: base.get_parameter(name) + factors[name + LORA_B] @ factors[name + LORA_A]
+            for name in (key.removesuffix(LORA_A) for key in factors if key.endswith(LORA_A))
+        }
+        out: Tensor = functional_call(base, merged, (x,))
+        return out
+
+
 class SwitchedNorm(nn.Module):
     """Norm that uses its refit weight while its block's MLP is in the mode ``replacement``.
 
@@ -145,7 +215,7 @@ class SwitchedNorm(nn.Module):
 
 
 TUNED: Mapping[Baseline, type[TunedWeights]] = {
-    kind.kind: kind for kind in (TunedMLP, TunedNorms, TunedBias)
+    kind.kind: kind for kind in (TunedMLP, TunedNorms, TunedBias, LowRankMLP)
 }
 
 
@@ -175,8 +245,29 @@ def _blocks(pair: ModelPair) -> tuple[Any, nn.ModuleList]:
     return decoder, getattr(decoder, pair.paths.layers)
 
 
-def weights_of(pair: ModelPair, kind: Baseline) -> Sequence[Mapping[str, Tensor]]:
-    """Return the hybrid's weights that a baseline trains, by name for each layer."""
+def weights_of(
+    pair: ModelPair, kind: Baseline, rank: int | None = None
+) -> Sequence[Mapping[str, Tensor]]:
+    """Return the hybrid's weights that a baseline trains, by name for each layer.
+
+    Args:
+        pair: the two models.
+        kind: the baseline.
+        rank: rank of the updates of ``lora``, which are 0 in the hybrid.
+    """
+    if kind == "lora":
+        assert rank is not None
+        return [
+            {
+                name + end: weight.new_zeros(shape)
+                for name, weight in _matrices(base).items()
+                for end, shape in (
+                    (LORA_A, (rank, weight.shape[1])),
+                    (LORA_B, (weight.shape[0], rank)),
+                )
+            }
+            for base in pair.base_mlps
+        ]
     if kind == "mlp":
         return [dict(base.named_parameters()) for base in pair.base_mlps]
     if kind == "bias":
@@ -198,13 +289,37 @@ def weights_of(pair: ModelPair, kind: Baseline) -> Sequence[Mapping[str, Tensor]
     return layers
 
 
-def tuned_weights(pair: ModelPair, kind: Baseline) -> nn.ModuleList:
-    """Return copies of the hybrid's weights to train, layer 0 first, in its dtype and device."""
-    width = pair.target.config.hidden_size
-    return nn.ModuleList(
+def _matrices(mlp: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in mlp.named_parameters() if weight.ndim == 2}
+
+
+def tuned_weights(
+    pair: ModelPair, config: LoraConfig | Baseline, generator: torch.Generator | None = None
+) -> nn.ModuleList:
+    """Return copies of the hybrid's weights to train, layer 0 first, in its dtype and device.
+
+    Args:
+        pair: the two models.
+        config: settings of ``lora``, or another baseline.
+        generator: CPU generator of the factors ``A`` of ``lora``, which are uniform in
+            ``±1/√in``. Its factors ``B`` are 0.
+    """
+    width, rank = pair.target.config.hidden_size, None
+    kind: Baseline = "lora" if isinstance(config, LoraConfig) else config
+    if isinstance(config, LoraConfig):
+        shapes = [(w.shape[0], w.shape[1]) for w in _matrices(pair.base_mlps[0]).values()]
+        rank = config.rank_for(width, shapes)
+    layers = nn.ModuleList(
         TUNED[kind](width, {name: tensor.detach().clone() for name, tensor in layer.items()})
-        for layer in weights_of(pair, kind)
+        for layer in weights_of(pair, kind, rank)
     )
+    for name, factor in layers.named_parameters():
+        if name.endswith(LORA_A) and factor.device.type != "meta":
+            draw = torch.empty(factor.shape, dtype=torch.float32)
+            bound = 1 / math.sqrt(factor.shape[1])
+            with torch.no_grad():
+                factor.copy_(draw.uniform_(-bound, bound, generator=generator))
+    return layers
 
 
 def switch_norms(pair: ModelPair) -> None:

@@ -2,8 +2,8 @@
 
 The *target* is the fine-tuned model. The *hybrid* is the target with the base model's MLPs. The
 *replacement* is the hybrid with an adapter beside every base MLP. The modes share attention, norms,
-embeddings and head, so a pair needs memory for the target and the base's MLPs only. Two baselines
-replace the adapters by trained MLPs or trained norm weights (:mod:`fastadapt.models.baselines`).
+embeddings and head, so a pair needs memory for the target and the base's MLPs only. Baselines train
+weights of the model in place of adapters (:mod:`fastadapt.models.baselines`).
 
 Blocks are called through transformers' own modules, so no forward of a model is copied here. Masks
 and rotary embeddings come from one call of the model's own forward
@@ -25,6 +25,8 @@ from fastadapt.kernels.transcoder import CodeLayout, SparseCodes
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     Baseline,
+    LoraConfig,
+    LowRankMLP,
     TunedNorms,
     TunedWeights,
     switch_norms,
@@ -90,7 +92,7 @@ class ReplacementModel(nn.Module):
     def create(
         cls,
         pair: ModelPair,
-        config: AdapterConfig | Baseline,
+        config: AdapterConfig | LoraConfig | Baseline,
         *,
         seed: int = 42,
         dtype: torch.dtype | None = None,
@@ -100,15 +102,15 @@ class ReplacementModel(nn.Module):
 
         Args:
             pair: the two models.
-            config: settings of transcoders, or a baseline (``mlp``, ``norms`` or ``bias``), whose
-                new weights are copies of the hybrid's.
-            seed: determines ``W_enc``.
+            config: settings of transcoders or of low-rank updates, or another baseline (``mlp``,
+                ``norms`` or ``bias``), whose new weights are copies of the hybrid's.
+            seed: determines ``W_enc``, or the factors ``A`` of low-rank updates.
             dtype: dtype of transcoders; None is the pair's.
             runs_on: device that the model will run on; None is the pair's.
         """
-        if not isinstance(config, AdapterConfig):
-            return cls(pair, tuned_weights(pair, config))
         generator = torch.Generator().manual_seed(seed)
+        if not isinstance(config, AdapterConfig):
+            return cls(pair, tuned_weights(pair, config, generator))
         weight = next(pair.base_mlps.parameters())
         config.check_runs(runs_on or weight.device, dtype or weight.dtype)
         adapters = nn.ModuleList(
@@ -343,5 +345,8 @@ def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
                 f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
             )
     tuned = [adapter for adapter in adapters if isinstance(adapter, TunedWeights)]
-    for i, weights in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
+    if not tuned:
+        return
+    rank = tuned[0].rank if isinstance(tuned[0], LowRankMLP) else None
+    for i, weights in enumerate(weights_of(pair, tuned[0].kind, rank)):
         tuned[i].check_fits(weights, i)

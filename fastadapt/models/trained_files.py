@@ -1,8 +1,8 @@
 """Read the weights that a run trained: transcoders, or those of a baseline.
 
 :func:`fastadapt.adapter.files.save_adapters` writes both. The weights of a baseline have the kind
-``mlp``, ``norms`` or ``bias`` (:mod:`fastadapt.models.baselines`). Their ``fastadapt.json`` also
-lists the shapes of every layer's tensors.
+``mlp``, ``norms``, ``bias`` or ``lora`` (:mod:`fastadapt.models.baselines`). Their
+``fastadapt.json`` also lists the shapes of every layer's tensors.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ COLOURS = {
     "mlp": "#009E73",
     "norms": "#E69F00",
     "bias": "#F0E442",
+    "lora": "#117733",
+    "whole-mlp": "#882255",
     "hybrid": "#D55E00",
     "base": "#8a8a8a",
     "target": "#999933",

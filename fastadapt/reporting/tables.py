@@ -172,7 +172,7 @@ def _bridge(result: Mapping[str, Any]) -> Table | None:
         "Effect of the bridge with only the last layers replaced",
         ["KL without − with", *(f"{pair['without']} − {pair['with']}" for pair in pairs)],
         rows,
-        "Adapters of the same sparsity, on the same texts; nats per predicted token.",
+        "Adapters of one λ, or of about one L0, on the same texts; nats per predicted token.",
     )
 
 

@@ -10,13 +10,20 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.statistics import BootstrapConfig
-from fastadapt.features.store.selection import alive, matched, on_template, promoting
+from fastadapt.features.store.selection import (
+    alive,
+    matched,
+    on_template,
+    preceding,
+    promoting,
+)
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import KINDS, SCALE, Kind
 
 RUN = "adapter"  #: the run's name among the models
 PARTS = ("hesitation", "template")  #: keys of the sets with one kind of features
+BEFORE = "before"  #: key of the main selection with the features before words of hesitation
 BIAS = "bias"  #: key of the arm without any feature: the hybrid with ``b_dec``
 
 
@@ -32,6 +39,10 @@ class ArmsConfig:
         times: sizes of the random sets, as multiples of the selected set's size.
         draws: number of random sets of each size.
         scales: scales of the main selection's transfer; -0.5 is measured for every set.
+        parts: interventions that are measured with each kind of features alone. Removal of a kind
+            has random controls, too.
+        before: whether features before words of hesitation are removed together with the main
+            selection (arXiv 2602.20904, footnote 6).
 
     Raises:
         UserError: a value is out of range.
@@ -42,6 +53,8 @@ class ArmsConfig:
     times: tuple[int, ...] = (1, 10)
     draws: int = 3
     scales: tuple[float, ...] = (-0.25, -0.5, -0.75, -1.0)
+    parts: tuple[Kind, ...] = KINDS
+    before: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tops", "times"):
@@ -56,8 +69,11 @@ class ArmsConfig:
             raise UserError(f"study.draws: expected 1 or more, got {self.draws}")
 
 
-#: What arXiv 2602.20904 compares: the ten most promoted tokens, a random set of ten times the size.
-PAPER = ArmsConfig(tops=(10,), times=(10,), draws=1, scales=(-0.5, -1.0))
+#: What arXiv 2602.20904 compares: the ten most promoted tokens, a random set of ten times the size,
+#: each kind of features added alone, and the removal of the features before hesitation.
+PAPER = ArmsConfig(
+    tops=(10,), times=(10,), draws=1, scales=(-0.5, -1.0), parts=("only",), before=True
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,10 @@ def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
     main = config.study.tops[0]
     sets["hesitation"] = replace(hesitation[main], name=f"hesitation (top {main}) alone")
     sets["template"] = replace(template, name="template alone")
+    if config.study.before:
+        preceded = preceding(store, words, config.study.share)
+        name = f"hesitation (top {main}) + template + before hesitation"
+        sets[BEFORE] = replace(sets[f"top{main}"] | preceded, name=name)
     return {key: replace(s & living, name=s.name).not_empty() for key, s in sets.items()}
 
 
@@ -145,12 +165,13 @@ def arms_of(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -
 def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> Iterator[Arm]:
     living, main = alive(store), next(iter(sets))
     for key, features in sets.items():
+        times = () if key == BEFORE else config.study.times
         draws = {
             (n, seed): matched(store, features, n, seed)
-            for n in _sizes(len(features), len(living - features), config.study.times)
+            for n in _sizes(len(features), len(living - features), times)
             for seed in range(config.study.draws)
         }
-        for kind in KINDS:
+        for kind in _kinds(key, config.study):
             onto = kind == "onto-target"
             model = "target" if onto else RUN
             scales = dict.fromkeys((*config.study.scales, SCALE)) if key == main else (SCALE,)
@@ -160,6 +181,13 @@ def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) 
             controls = draws if kind == "ablate" or key not in PARTS else {}
             for (n, seed), others in controls.items():
                 yield Arm(model, kind, key, n, seed, SCALE if onto else None, others)
+
+
+def _kinds(key: str, config: ArmsConfig) -> tuple[Kind, ...]:
+    """Return the interventions on a set."""
+    if key == BEFORE:
+        return ("ablate",)
+    return config.parts if key in PARTS else KINDS
 
 
 def _sizes(size: int, others: int, times: tuple[int, ...]) -> list[int]:

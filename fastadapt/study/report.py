@@ -139,7 +139,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     tail = ["tokens", "accuracy", "expected", "holds"]
     reduction = "Reduction: relative decrease of hesitation; negative values are increases."
     expected = "Expected: the effects reported by arXiv 2602.20904."
-    return [
+    changes = [
         Table(
             "Removal from the replacement model",
             ["removed", *head, "reduction", *tail],
@@ -179,6 +179,40 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             f"{common} {reduction} {expected}",
         ),
     ]
+    return [*changes, *_by_benchmark(result)]
+
+
+def _by_benchmark(result: Mapping[str, Any]) -> list[Table]:
+    """Return a table of accuracy and length on each benchmark, if there are several."""
+    tasks = result["settings"]["benchmarks"]["tasks"]
+    arms = [arm for arm in result["arms"] if "benchmarks" in arm]
+    if len(tasks) < 2 or not arms:
+        return []
+    rows = [
+        [
+            _named(result, arm),
+            *(
+                shown(arm["benchmarks"][task][key], show)
+                for task in tasks
+                for key, show in (("accuracy", percent), ("length", number))
+            ),
+        ]
+        for arm in arms
+    ]
+    head = [f"{task}, {key}" for task in tasks for key in ("accuracy", "tokens")]
+    note = f"{percent(result['level'])} intervals over questions; random sets pool all draws."
+    return [Table("By benchmark", ["model", *head], rows, note)]
+
+
+_DONE = {"ablate": "without", "only": "hybrid with", "onto-target": "target with"}
+
+
+def _named(result: Mapping[str, Any], arm: Arm) -> str:
+    if arm["kind"] is None:
+        return str(arm["model"])
+    if arm["selection"] == BIAS:
+        return "hybrid with b_dec alone"
+    return f"{_DONE[arm['kind']]} {_features_of(result, arm)}"
 
 
 def _arms(result: Mapping[str, Any], kind: str) -> list[Arm]:
@@ -199,15 +233,19 @@ def _selection(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
 def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
     rows = []
     for arm in _arms(result, kind):
-        name = str(_selection(result, arm)["name"])
-        if arm["times"]:
-            size = "same size" if arm["times"] == 1 else f"{arm['times']} times the size"
-            draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
-            name = f"random, {size} ({draws})"
-        if arm["scale"] is not None:
-            name += f", × {arm['scale']:g}"
+        name = _features_of(result, arm)
         rows.append(_row(result, arm, name, show))
     return rows
+
+
+def _features_of(result: Mapping[str, Any], arm: Arm) -> str:
+    """Return the name of an arm's features, with the scale of a transfer."""
+    name = str(_selection(result, arm)["name"])
+    if arm["times"]:
+        size = "same size" if arm["times"] == 1 else f"{arm['times']} times the size"
+        draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
+        name = f"random, {size} ({draws})"
+    return name if arm["scale"] is None else f"{name}, × {arm['scale']:g}"
 
 
 def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> list[str]:

@@ -209,7 +209,9 @@ class Study:
                 },
                 config,
                 words=self.config.benchmarks.hesitation_words,
-            )[MEAN if len(tasks) > 1 else tasks[0]]
+            )
+            by_benchmark = {task: summary[task]["all"][SAMPLED] for task in tasks}
+            summary = summary[MEAN if len(tasks) > 1 else tasks[0]]
             numbers = summary["all"][SAMPLED]
             keys = (
                 *("hesitations_per_1000", "length", "accuracy"),
@@ -221,6 +223,10 @@ class Study:
                     "scale": first.scale,
                     "features": 0 if first.features is None else len(first.features),
                     **{key: numbers[key] for key in keys},
+                    "benchmarks": {
+                        task: {key: scores[key] for key in keys[:3]}
+                        for task, scores in by_benchmark.items()
+                    },
                     "beyond_bias": (
                         recovered_hesitation(whole, floor, ceiling, config)
                         if first.kind == "only" and first.selection != BIAS

@@ -21,7 +21,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError, require
 from fastadapt.io.documents import read_yaml
-from fastadapt.models.baselines import Baseline
+from fastadapt.models.baselines import Baseline, LoraConfig
 from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
@@ -59,8 +59,11 @@ class RunConfig:
         output: run directory.
         trains: ``transcoder``, an adapter beside every MLP of the base; or a baseline: ``mlp``, the
             base's MLPs themselves; ``norms``, the weights of every RMSNorm; ``bias``, a vector per
-            layer that is added to the output of the base's MLP. A baseline has no features and uses
-            no setting of ``adapter``.
+            layer that is added to the output of the base's MLP; ``lora``, a low-rank update of each
+            matrix of the base's MLPs. A baseline has no features and uses no setting of
+            ``adapter``, except that ``adapter.n_features`` chooses the rank of ``lora``.
+        rank: rank of the updates of ``lora``, not used otherwise. Null: the rank with as many
+            parameters as adapters of ``adapter.n_features`` features.
         seed: seed of the adapters' initialisation, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
         eval_every: optimiser steps between held-out evaluations, beside those before the first and
@@ -86,6 +89,7 @@ class RunConfig:
 
     output: str
     trains: Trained = "transcoder"
+    rank: int | None = None
     seed: int = 42
     log_every: int = 1
     eval_every: int = 500
@@ -116,6 +120,10 @@ class RunConfig:
             value = getattr(self, name)
             require(value >= least, f"run.{name}", f"{least} or more", value)
         require(len(set(self.sinks)) == len(self.sinks), "run.sinks", "each once", self.sinks)
+        if self.rank is not None:
+            require(self.rank >= 1, "run.rank", "1 or more, or null", self.rank)
+            trains = "lora, since only low-rank updates have a rank (run.rank)"
+            require(self.trains == "lora", "run.trains", trains, self.trains)
         if self.threads is not None:
             require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
 
@@ -138,11 +146,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         trains, adapter = self.run.trains, self.adapter
         _check_unused(trains, vars(adapter))
-        if trains == "transcoder":
+        if trains in ("transcoder", "lora"):
             # config.yaml must record the number: the default may change between versions.
             adapter = dataclasses.replace(adapter, n_features=adapter.features)
             object.__setattr__(self, "adapter", adapter)
-        elif self.objective.sparsity:
+        if trains != "transcoder" and self.objective.sparsity:
             raise UserError(
                 f"objective.sparsity: expected 0, since run.trains {trains!r} has no features, "
                 f"got {self.objective.sparsity}"
@@ -166,8 +174,10 @@ class TrainConfig:
         return self.adapter.features if self.run.trains == "transcoder" else 0
 
     @property
-    def trained(self) -> AdapterConfig | Baseline:
-        """The settings of the transcoders, or the name of the baseline."""
+    def trained(self) -> AdapterConfig | LoraConfig | Baseline:
+        """The settings of the transcoders or of low-rank updates, or the name of the baseline."""
+        if self.run.trains == "lora":
+            return LoraConfig(self.run.rank, self.adapter.features)
         return self.adapter if self.run.trains == "transcoder" else self.run.trains
 
 
@@ -327,7 +337,8 @@ def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
     """Refuse settings of transcoders in the configuration of a baseline."""
     for field in dataclasses.fields(AdapterConfig) if trains != "transcoder" else ():
         value = settings.get(field.name, field.default)
-        if value != field.default:
+        chooses_rank = trains == "lora" and field.name == "n_features"
+        if value != field.default and not chooses_rank:
             raise UserError(
                 f"adapter.{field.name} is a setting of transcoders, not used with "
                 f"run.trains={trains!r}: expected {field.default}, got {value!r}; leave it out"

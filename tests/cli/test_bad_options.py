@@ -157,8 +157,9 @@ CASES = [
         lambda d: d.train("--adapter.activation", "topk", "--adapter.k", 25),
         r"adapter\.k .*24.*got 25",
     ),
-    option("--adapter.kind", "lora", r"adapter\.kind .*transcoder, mlp, norms, bias, got 'lora'"),
-    option("--run.trains", "lora", r"run\.trains: expected one of .*'bias', got 'lora'"),
+    option("--adapter.kind", "dora", r"adapter\.kind .*transcoder, mlp, norms, bias, lora, got"),
+    option("--run.trains", "dora", r"run\.trains: expected one of .*'lora', got 'dora'"),
+    option("--run.rank", "4", r"run\.trains: expected lora, since only low-rank.*'transcoder'"),
     option(
         "--adapter.kind",
         "mlp",

@@ -14,7 +14,8 @@ import yaml
 OPTIONS = re.findall(
     r"\S+",
     """
---adapter --adapter.activation --adapter.bandwidth --adapter.bias --adapter.implementation
+--adapter --adapter.activation --adapter.bandwidth --adapter.base_mlp --adapter.bias
+--adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
 --data --data.bad_rows --data.bucket --data.columns --data.family --data.loss --data.markers
 --data.max_tokens --data.max_validation --data.pack --data.pad_to
@@ -34,7 +35,8 @@ OPTIONS = re.findall(
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every
 --run.keep_checkpoints
---run.log_every --run.max_bad_batches --run.output --run.rank_timeout --run.report --run.seed
+--run.log_every --run.max_bad_batches --run.output --run.rank --run.rank_timeout --run.report
+--run.seed
 --run.sinks --run.threads --run.trains
 """,
 )

@@ -69,6 +69,54 @@ def test_runs_are_compared_and_nothing_is_measured_twice(
     assert json.loads((folder / "eval.json").read_text()) == result
 
 
+def test_runs_that_differ_by_their_seed_are_one_group(
+    recipe: Callable, fastadapt: Callable, tmp_path: Path
+) -> None:
+    """Means are those of the runs; a run of another λ, and a copy of one, is in no group."""
+    trained: dict[str, tuple[object, ...]] = {
+        "a": (),
+        "a2": ("--run.seed", 2),
+        "bare": ("no-bridge",),
+        "other": ("--objective.sparsity", 0.5, "--run.seed", 3),
+        "bare2": ("no-bridge", "--run.seed", 2),
+    }
+    folders = [tmp_path / "runs" / name for name in trained]
+    for folder, options in zip(folders, trained.values(), strict=True):
+        overlay = options if options and options[0] == "no-bridge" else ()
+        typed = options[len(overlay[:1]) :]
+        outcome = fastadapt(
+            *("train", recipe(), *overlay[:1], *typed, "--optimizer.max_steps", 2),
+            *("--run.eval_every", 0, "--run.output", folder),
+        )
+        assert outcome.code == 0, outcome.err
+    copy = Path(shutil.copytree(folders[0], tmp_path / "runs" / "copy"))
+    outcome = fastadapt("eval", *folders, copy, *OUTPUTS, *QUICK)
+    assert outcome.code == 0, outcome.err
+    result = json.loads((tmp_path / "runs" / "eval" / "eval.json").read_text())
+    groups = result["seeds"]["groups"]
+    assert [group["runs"] for group in groups] == [["a", "a2"], ["bare", "bare2"]]
+    means = []
+    for group in groups:
+        for key in ("kl", "top1_error"):
+            each = [result["faithfulness"][run][key]["mean"] for run in group["runs"]]
+            assert group[key]["mean"] == pytest.approx(sum(each) / 2)
+            assert group[key]["low"] <= group[key]["mean"] <= group[key]["high"]
+        means.append(group["kl"]["mean"])
+    (gap,) = result["seeds"]["differences"]
+    assert (gap["above"], gap["below"]) == ("a", "bare")
+    assert gap["kl"]["mean"] == pytest.approx(means[0] - means[1])
+    (pair,) = result["bridge_seeds"]
+    assert (pair["without"], pair["with"]) == ("bare", "a")
+    assert len(pair["last"]) == len(result["bridge"][0]["last"])
+    curves = [
+        [result["partial"][run]["last"][1]["mean"] for run in group["runs"]] for group in groups
+    ]
+    assert pair["last"][1]["mean"] == pytest.approx(sum(curves[1]) / 2 - sum(curves[0]) / 2)
+    for said in ("Output faithfulness over seeds", "Effect of the bridge with only"):
+        assert said in outcome.out
+    assert "a − bare" in outcome.out
+
+
 @pytest.mark.slow
 def test_another_run_adds_only_itself(
     runs: list[Path], fastadapt: Callable[..., Any], tmp_path: Path

@@ -1,11 +1,13 @@
 """Overlays override presets and files, and every combination has its own output folder."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastadapt.cli.train import (
@@ -53,16 +55,19 @@ def test_an_overlay_changes_what_it_says_and_the_folder(
 
 def test_the_baselines_of_the_method(fastadapt: Callable[..., Any]) -> None:
     whole = printed(fastadapt, "r1-distill-qwen-7b")
-    dense, bare, skyline, norms, bias = (
+    dense, bare, whole_mlp, skyline, norms, bias, lora = (
         printed(fastadapt, "r1-distill-qwen-7b", name)
-        for name in ("dense", "no-bridge", "skyline", "norms", "bias")
+        for name in ("dense", "no-bridge", "whole-mlp", "skyline", "norms", "bias", "lora")
     )
     folder = whole["run"]["output"]
     assert changed(whole, dense) == {"objective.sparsity": 0, "run.output": f"{folder}-dense"}
     assert changed(whole, bare) == {"objective.bridge": 0, "run.output": f"{folder}-no-bridge"}
-    for tuned, kind in ((skyline, "mlp"), (norms, "norms"), (bias, "bias")):
+    name = f"{folder}-whole-mlp"
+    assert changed(whole, whole_mlp) == {"adapter.base_mlp": False, "run.output": name}
+    kinds = ((skyline, "mlp", None), (norms, "norms", None), (bias, "bias", None))
+    for tuned, kind, n_features in (*kinds, (lora, "lora", 8192)):
         assert tuned["run"]["trains"] == kind
-        assert tuned["adapter"]["n_features"] is None
+        assert tuned["adapter"]["n_features"] == n_features
         assert {tuned["objective"][name] for name in ("sparsity", "nmse", "bridge")} == {0}
 
 
@@ -78,7 +83,8 @@ def test_the_older_option_adapter_kind_is_accepted(
 
 
 def test_every_overlay_of_a_preset_has_both() -> None:
-    assert overlay_names() == ["bias", "dense", "no-bridge", "norms", "skyline"]
+    known = ["bias", "dense", "lora", "no-bridge", "norms", "skyline", "whole-mlp"]
+    assert overlay_names() == known
     for path in OVERLAYS.glob("*/*.yaml"):
         assert path.parent.name in preset_names()
         assert path.stem in overlay_names()
@@ -121,10 +127,15 @@ def test_the_preset_does_not_change_with_what_goes_over_it(fastadapt: Callable[.
 def test_help_names_them(fastadapt: Callable[..., Any]) -> None:
     text = " ".join(fastadapt("train", "--help").out.split())
     assert "PRESET_OR_YAML [PRESET_OR_YAML ...]" in text
-    assert ", ".join(overlay_names()) in text
+    assert ", ".join(overlay_names()) in text.replace("- ", "-")  # lines end at hyphens, too
 
 
-KINDS = {"skyline": "tuned MLPs", "norms": "refit norms", "bias": "biases"}
+KINDS = {
+    "skyline": "tuned MLPs",
+    "norms": "refit norms",
+    "bias": "biases",
+    "lora": "low-rank updates",
+}
 
 
 @pytest.mark.parametrize("overlay", KINDS)
@@ -139,7 +150,7 @@ def test_a_baseline_from_one_command(
     assert "L0" not in outcome.out + outcome.err
     assert "dead" not in outcome.out + outcome.err
     card = json.loads((folder / "adapter" / "fastadapt.json").read_text())
-    assert card["kind"] in ("mlp", "norms", "bias")
+    assert card["kind"] in ("mlp", "norms", "bias", "lora")
     assert card["additive"] is False
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["adapter_kind"] == card["kind"]
@@ -153,6 +164,34 @@ def test_a_baseline_from_one_command(
     assert again.code == 2
     assert "holds another run, at step 6" in again.err
     assert fastadapt(*run, "--resume").code == 0
+
+
+def test_a_transcoder_of_the_whole_mlp_trains_stops_and_goes_on(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its run is that of an adapter but for the base's MLP; a resumed one has the same weights."""
+    from safetensors.torch import load_file
+
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    run = ["train", recipe(), "whole-mlp", "--run.output"]
+    assert fastadapt(*run, straight).code == 0
+    shutil.copytree(straight, halves)
+    shutil.rmtree(halves / "adapter")
+    (halves / "summary.json").unlink()
+    newest = sorted((halves / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    outcome = fastadapt(*run, halves, "--resume")
+    assert outcome.code == 0, outcome.err
+    for layer in ("layer_0", "layer_1"):
+        one, other = (
+            load_file(folder / "adapter" / f"{layer}.safetensors") for folder in (straight, halves)
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["l0_mean"] > 0
+    refused = fastadapt("train", recipe(), "lora", "--adapter.base_mlp", "false")
+    assert refused.code == 2
+    assert "adapter.base_mlp is a setting of transcoders" in " ".join(refused.err.split())
 
 
 def test_the_command_to_go_on_with_names_them_all(
@@ -169,12 +208,19 @@ def test_the_command_to_go_on_with_names_them_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", [*KINDS, "no-bridge", "dense"])
+@pytest.mark.parametrize("overlay", [*KINDS, "no-bridge", "dense", "whole-mlp"])
 def test_what_it_needs(fastadapt: Callable[..., Any], overlay: str) -> None:
     preset, plan = ("train", "r1-distill-qwen-7b"), ("--dry-run", "--json", "--gpu", "h200")
     planned, whole = (json.loads(fastadapt(*preset, *over, *plan).out) for over in ([overlay], []))
     width, inner, layers = 3584, 18944, 28
-    trained = {"skyline": 3 * width * inner * layers, "norms": width * (2 * layers + 1)}
+    trained = {
+        "skyline": 3 * width * inner * layers,
+        "norms": width * (2 * layers + 1),
+        "bias": width * layers,
+        "lora": 869 * 3 * (width + inner) * layers,
+    }
+    if overlay == "lora":  # to within half of what one rank more has
+        assert abs(planned["parameters"] - whole["parameters"]) < 3 * (width + inner) * layers / 2
     assert planned["parameters"] == trained.get(overlay, whole["parameters"])
     assert planned["flops_per_step"] < whole["flops_per_step"] or overlay == "dense"
     assert (planned["l0"] is None) == (overlay in KINDS)

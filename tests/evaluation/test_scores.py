@@ -13,6 +13,7 @@ from fastadapt.evaluation.benchmarks.scores import (
     MEAN,
     recovered_hesitation,
     summarise_benchmarks,
+    summarise_groups,
 )
 from fastadapt.evaluation.generation.responses import Finish, Speed
 from fastadapt.evaluation.statistics import BootstrapConfig
@@ -74,6 +75,37 @@ def test_the_recovered_share_is_paired_with_target_and_hybrid() -> None:
     got = summary["run"]["sampled"]["recovered"]
     assert got["low"] < 0.5 < got["high"]
     assert got["high"] - got["low"] < 0.2
+
+
+def test_groups_have_the_means_of_their_runs() -> None:
+    """Of every benchmark and of their mean; intervals of two unlike groups do not meet."""
+
+    def results(p: float, seed: int, tokens: int) -> Any:
+        return {
+            "sampled": {
+                "few": answered(drawn(p, 40, seed), tokens, task="few"),
+                "many": answered(drawn(p, 200, seed + 100, 1), tokens, task="many"),
+            }
+        }
+
+    runs = {f"low{i}": results(0.3, i, 10 + i) for i in range(3)}
+    runs |= {f"high{i}": results(0.8, 10 + i, 50) for i in range(3)}
+    runs["target"] = results(0.9, 20, 50)
+    groups = {"low0": ["low0", "low1", "low2"], "high0": ["high0", "high1", "high2"]}
+    singles, summary = summarise_benchmarks(runs), summarise_groups(runs, groups, 0.95)
+    assert summary.keys() == singles.keys() == {"few", "many", MEAN}
+    for task, scores in summary.items():
+        low, high = scores["groups"]
+        for group in (low, high):
+            for key in ("accuracy", "length", "hesitations_per_1000"):
+                each = [singles[task][run]["sampled"][key]["mean"] for run in group["runs"]]
+                assert group[key]["mean"] == pytest.approx(sum(each) / 3)
+        (gap,) = scores["differences"]
+        assert gap["accuracy"]["mean"] == pytest.approx(
+            low["accuracy"]["mean"] - high["accuracy"]["mean"]
+        )
+        assert gap["accuracy"]["high"] < 0
+        assert gap["length"]["high"] < 0
 
 
 def test_each_word_has_a_rate_beside_what_is_counted() -> None:

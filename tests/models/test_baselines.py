@@ -1,4 +1,4 @@
-"""MLPs, norms and biases that are trained themselves: first the hybrid, then their weights."""
+"""MLPs, norms, biases and low-rank updates: first the hybrid, then their weights."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.baselines import Baseline
+from fastadapt.models.baselines import Baseline, LoraConfig
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 
-KINDS = ("mlp", "norms", "bias")
+KINDS = ("mlp", "norms", "bias", "lora")
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
 
 
 def fresh(pair: Any, kind: Baseline) -> ReplacementModel:
-    return ReplacementModel.create(pair, kind)
+    return ReplacementModel.create(pair, LoraConfig(3, 24) if kind == "lora" else kind)
 
 
 def tuned(pair: Any, kind: Baseline) -> ReplacementModel:
@@ -69,6 +69,11 @@ def plain(pair: Any, kind: Baseline, adapters: Any = None) -> Any:
         elif kind == "bias":
             if weights:
                 layer.mlp = Biased(layer.mlp, weights["bias"].clone())
+        elif kind == "lora":
+            with torch.no_grad():
+                for name in {key.rpartition(".")[0] for key in weights}:
+                    low = weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+                    layer.mlp.get_parameter(name).add_(low)
         elif weights:
             missing, unexpected = layer.load_state_dict(weights, strict=False)
             assert not unexpected
@@ -120,6 +125,35 @@ def test_it_is_transformers_model_of_its_weights(
                 logits = model.softcap * (logits / model.softcap).tanh()
             torch.testing.assert_close(logits, expected)
     assert not torch.equal(student(IDS).logits, hybrid(IDS).logits)
+
+
+def test_the_rank_gives_as_many_parameters_as_adapters(make_pair: Callable[..., Any]) -> None:
+    """To within half of what one rank more has; never above the full rank."""
+    for architecture in ("qwen2", "phi3"):
+        pair = make_pair(architecture)
+        adapters = ReplacementModel.create(copy.deepcopy(pair), AdapterConfig(24)).adapters
+        low = ReplacementModel.create(copy.deepcopy(pair), LoraConfig(None, 24)).adapters
+        ours, theirs = (sum(p.numel() for p in part.parameters()) for part in (low, adapters))
+        one = sum(sum(p.shape) for p in pair.base_mlps.parameters() if p.ndim == 2)
+        assert abs(ours - theirs) <= one / 2
+        full = ReplacementModel.create(copy.deepcopy(pair), LoraConfig(None, 10_000)).adapters
+        assert getattr(full[0], "rank") == 16  # the width  # noqa: B009
+    with pytest.raises(UserError, match=r"run\.rank: expected at most 16.*got 17"):
+        ReplacementModel.create(make_pair("qwen2"), LoraConfig(17, 24))
+
+
+def test_the_seed_draws_one_factor_of_a_low_rank_update(make_pair: Callable[..., Any]) -> None:
+    weights = [
+        ReplacementModel.create(make_pair("qwen2"), LoraConfig(3, 24), seed=seed).adapters
+        for seed in (1, 1, 2)
+    ]
+    first, same, other = ({n: p.detach() for n, p in w.named_parameters()} for w in weights)
+    for name in first:
+        assert torch.equal(first[name], same[name])
+        assert torch.equal(first[name], other[name]) == name.endswith("lora_B")
+        bound = first[name].shape[1] ** -0.5
+        assert (first[name].abs().max() == 0) == name.endswith("lora_B")
+        assert first[name].abs().max() <= bound
 
 
 def test_every_norm_is_refit(make_pair: Callable[..., Any]) -> None:
@@ -219,6 +253,10 @@ def test_gradients_are_those_of_the_plain_models_kl(
     assert out.metrics.keys() == {"kl", "loss", "nmse", "nmse_token", "top1_error"}
     for i, adapter in enumerate(model.adapters):
         for name, p in adapter.named_parameters():
+            if kind == "lora":
+                expected_gradient = _of_factor(student.model.layers[i].mlp, adapter, name)
+                torch.testing.assert_close(p.grad, expected_gradient, rtol=1e-5, atol=1e-7)
+                continue
             inside = name if kind == "norms" else f"mlp.{name}"
             path = f"model.layers.{i}.{inside}"
             if name.startswith("final_norm"):
@@ -228,6 +266,16 @@ def test_gradients_are_those_of_the_plain_models_kl(
             torch.testing.assert_close(
                 p.grad, student.get_parameter(path).grad, rtol=1e-5, atol=1e-7
             )
+
+
+def _of_factor(mlp: torch.nn.Module, adapter: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return the gradient of a factor of W + B A from that of the whole matrix."""
+    matrix, factor = name.rsplit(".", 1)
+    whole = mlp.get_parameter(matrix).grad
+    assert whole is not None
+    if factor == "lora_A":
+        return adapter.get_parameter(f"{matrix}.lora_B").T @ whole
+    return whole @ adapter.get_parameter(f"{matrix}.lora_A").T
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -359,10 +407,13 @@ def _without_a_tensor(folder: Path) -> None:
 
 DAMAGE = {
     "kind": (
-        lambda f: _edit(f, kind="lora"),
-        r"kind must be one of .*mlp, norms, bias, got 'lora'",
+        lambda f: _edit(f, kind="dora"),
+        r"kind must be one of .*mlp, norms, bias, lora, got 'dora'",
     ),
-    "other kind": (lambda f: _edit(f, kind="transcoder_adapter"), r"'additive' must be true"),
+    "other kind": (
+        lambda f: _edit(f, kind="transcoder_adapter"),
+        r"object missing required field adapter",
+    ),
     "additive": (lambda f: _edit(f, additive=True), r"'additive' must be false for mlp"),
     "no shapes": (
         lambda f: _edit(f, tensors=None),
@@ -398,6 +449,9 @@ def test_weights_of_another_model_are_refused(make_pair: Callable[..., Any]) -> 
         with pytest.raises(UserError, match=message):
             ReplacementModel(pair, given)
         ReplacementModel.create(pair, kind)  # the pair is as it was
+    given = fresh(make_pair("qwen2"), "lora").adapters
+    with pytest.raises(UserError, match=r"lora of layer 0: down_proj\.weight\.lora_A|gate_up_proj"):
+        ReplacementModel(make_pair("phi3"), given)
     mixed = fresh(make_pair("qwen2"), "mlp").adapters
     mixed[1] = fresh(make_pair("qwen2"), "norms").adapters[1]
     with pytest.raises(UserError, match="the same class in all layers"):
@@ -421,8 +475,7 @@ def test_a_pair_carries_one_kind_after_another(
     architecture: str, make_pair: Callable[..., Any]
 ) -> None:
     """With the same bits as a pair that never carried anything else."""
-    kinds = ("transcoder", "norms", "mlp", "bias", "norms")
-    configs: list[Any] = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
+    configs: list[Any] = [AdapterConfig(24), "norms", "mlp", "bias", LoraConfig(3, 24), "norms"]
 
     def perturbed(seed: int) -> ReplacementModel:
         model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)
@@ -432,10 +485,10 @@ def test_a_pair_carries_one_kind_after_another(
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
         return model
 
-    alone = [perturbed(seed) for seed in range(len(kinds))]
+    alone = [perturbed(seed) for seed in range(len(configs))]
     ids = torch.tensor([[5, 9, 23, 7, 31, 8]])
     with torch.no_grad():
-        for first in range(len(kinds)):
+        for first in range(len(configs)):
             model = perturbed(first)
             for other in (*alone, alone[first]):
                 model.set_adapters(other.adapters)

@@ -32,6 +32,10 @@ def arm(model: str, rate: float, kind: str | None = None, **more: Any) -> dict[s
         "by_word": {"wait": interval(rate), "but": interval(2.0)},
         "length": interval(48.0),
         "accuracy": interval(0.5),
+        "benchmarks": {
+            task: {"accuracy": interval(right), "length": interval(48.0)}
+            for task, right in (("x", 0.4), ("y", 0.6))
+        },
         "draws": [{"hesitations_per_1000": interval(rate)}],
         "beyond_bias": interval(0.25) if kind == "only" else None,
         **more,
@@ -164,7 +168,16 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
         arm("target", 10.0, "onto-target", scale=-0.5, times=1),
     )
     study_tables = tables(values)
-    assert [len(table.rows) for table in study_tables] == [4, 5, 4]
+    assert [len(table.rows) for table in study_tables] == [4, 5, 4, 12]
+    by_benchmark = study_tables[3]
+    assert by_benchmark.head[1:] == ["x, accuracy", "x, tokens", "y, accuracy", "y, tokens"]
+    names = [row[0] for row in by_benchmark.rows]
+    assert names[:5] == [
+        *("target", "hybrid", "adapter", "hybrid with b_dec alone"),
+        "without set top1",
+    ]
+    assert names[-1] == "target with random, same size (1 draw), × -0.5"
+    assert by_benchmark.rows[0][1::2] == ["40.0% [36.0, 44.0]", "60.0% [54.0, 66.0]"]
     assert all(len(row) == len(table.head) for table in study_tables for row in table.rows)
     assert [row[-1] for row in study_tables[0].rows] == ["–", "yes", "yes, not clearly", "–"]
     assert study_tables[0].rows[2][0] == "random, same size (2 draws)"
@@ -181,8 +194,8 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
     ]
     assert [row[-1] for row in added.rows] == ["–", "–", "–", *["25.0% [22.5, 27.5]"] * 2]
     assert [row[1] for row in added.rows[:3]] == ["–", "0", "–"]
-    assert as_markdown(study_tables).count("\n## ") == 2
-    assert as_latex(study_tables).count(r"\begin{table}") == 3
+    assert as_markdown(study_tables).count("\n## ") == 3
+    assert as_latex(study_tables).count(r"\begin{table}") == 4
     study_figures = figures(values)
     assert [figure.key for figure in study_figures] == ["removal", "addition", "transfer"]
     for figure in study_figures:

@@ -33,7 +33,16 @@ from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
-from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig, arms_of, select
+from fastadapt.study.conditions import (
+    BEFORE,
+    PAPER,
+    PARTS,
+    RUN,
+    ArmsConfig,
+    StudyConfig,
+    arms_of,
+    select,
+)
 from fastadapt.study.running import CONTENTS, Study
 
 NAMES = {"target": "organism/target", "base": "organism/base"}
@@ -155,7 +164,14 @@ def test_the_cost_is_said_first(
     store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
     arms = arms_of(store, select(store, StudyConfig(PAPER)), StudyConfig(PAPER))
     assert f"{len(arms)} arms, 0 of them measured" in capsys.readouterr().out
-    assert len(arms) < int(whole[0])
+    assert len(arms) < int(whole[0]) / 2
+    before = [arm for arm in arms if arm.selection == BEFORE]
+    assert [(arm.kind, arm.times) for arm in before] == [("ablate", 0)]
+    main_set = next(arm.features for arm in arms if arm.kind == "ablate")
+    assert before[0].features is not None
+    assert main_set is not None
+    assert set(before[0].features) >= set(main_set)
+    assert {arm.kind for arm in arms if arm.selection in PARTS} == {"only"}
     assert not (run / "study").exists()
     assert main([*command, "--paper", "--study.draws", "2"]) == 2
     assert "--paper sets all settings --study.*" in capsys.readouterr().err

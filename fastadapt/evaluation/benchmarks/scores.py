@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
 from fastadapt.evaluation.benchmarks.grading import hesitations as occurrences
 from fastadapt.evaluation.benchmarks.runner import BenchmarkResult
+from fastadapt.evaluation.seeds import difference_over_seeds, over_seeds
 from fastadapt.evaluation.statistics import (
     BootstrapConfig,
     Intervals,
@@ -31,6 +33,11 @@ from fastadapt.evaluation.statistics import (
 Results = Mapping[str, Mapping[str, Mapping[str, BenchmarkResult]]]
 MEAN = "mean"
 SAMPLED = "sampled"
+_BOUNDS = {
+    "accuracy": (0.0, 1.0),
+    "length": (0.0, math.inf),
+    "hesitations_per_1000": (0.0, math.inf),
+}
 #: End of the names of modes with examples at temperature 0.
 GREEDY = "-shot, greedy"
 
@@ -104,6 +111,77 @@ def summarise_benchmarks(
                     "tokens_per_s": _speed([results[model][mode][t] for t in members]),
                 }
     return summary
+
+
+def summarise_groups(
+    results: Results, groups: Mapping[str, Sequence[str]], level: float
+) -> dict[str, Any]:
+    """Summarise groups of runs that differ by their seed only, over seeds and questions.
+
+    Args:
+        results: results of the runs, in mode ``sampled``.
+        groups: names of the runs by name of the group.
+        level: confidence level.
+
+    Returns:
+        A dict by benchmark (and ``mean``, if there are several), each with ``groups``: dicts with
+        ``name``, ``runs``, ``accuracy``, ``length`` and ``hesitations_per_1000``; and
+        ``differences`` of every two groups: ``above``, ``below`` and these measures.
+    """
+    tasks = list(next(iter(results.values()))[SAMPLED])
+    summary = {}
+    for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
+        members = tasks if task == MEAN else [task]
+        scores = {
+            name: [_joined([_sums(results[run][SAMPLED][t]) for t in members]) for run in runs]
+            for name, runs in groups.items()
+        }
+        terms = {name: _terms(each) for name, each in scores.items()}
+        summary[task] = {
+            "groups": [
+                {
+                    "name": name,
+                    "runs": list(groups[name]),
+                    **{
+                        key: over_seeds(x, c, bounds=_BOUNDS[key], level=level).plain()
+                        for key, (x, c) in measures.items()
+                    },
+                }
+                for name, measures in terms.items()
+            ],
+            "differences": [
+                {
+                    "above": a,
+                    "below": b,
+                    **{
+                        key: difference_over_seeds(
+                            terms[a][key][0],
+                            terms[b][key][0],
+                            (terms[a][key][1], terms[b][key][1]),
+                            level=level,
+                        ).plain()
+                        for key in _BOUNDS
+                    },
+                }
+                for a, b in combinations(groups, 2)
+            ],
+        }
+    return summary
+
+
+def _terms(runs: Sequence[_Sums]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return sums and counts ``[S, n]`` of each measure, with the weights of the benchmarks."""
+
+    def stacked(values: Sequence[Tensor]) -> Tensor:
+        scales = (run.weight / run.responses for run in runs)
+        return torch.stack([v * scale for v, scale in zip(values, scales, strict=True)])
+
+    responses, tokens = stacked([r.responses for r in runs]), stacked([r.tokens for r in runs])
+    return {
+        "accuracy": (stacked([r.correct for r in runs]), responses),
+        "length": (tokens, responses),
+        "hesitations_per_1000": (1000 * stacked([r.hesitations for r in runs]), tokens),
+    }
 
 
 def recovered_hesitation(

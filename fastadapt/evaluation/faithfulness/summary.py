@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from fastadapt.evaluation.faithfulness.outputs import Measured
 from fastadapt.evaluation.faithfulness.partial_replacement import FAMILIES, Family, Partial
 from fastadapt.evaluation.faithfulness.texts import REGIONS, Text, region_of
+from fastadapt.evaluation.seeds import difference_over_seeds, over_seeds
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 
 _SHARE = (0.0, 1.0)
 _POSITIVE = (0.0, math.inf)
+_BOUNDS = {"kl": _POSITIVE, "top1_error": _SHARE}
 
 
 def summarise_output(
@@ -156,13 +158,82 @@ def partial_gaps(
     return curve
 
 
+def output_groups(
+    measured: Mapping[str, Measured], groups: Mapping[str, Sequence[str]], level: float
+) -> dict[str, Any]:
+    """Summarise groups of runs that differ by their seed only, over seeds and texts.
+
+    Args:
+        measured: arrays by name of the model.
+        groups: names of the runs by name of the group.
+        level: confidence level.
+
+    Returns:
+        ``groups``: a dict per group with ``name``, ``runs``, ``l0`` (the runs' mean, or None),
+        ``kl`` and ``top1_error``; and ``differences`` of every two groups: ``above``, ``below``,
+        and their ``kl`` and ``top1_error``, above minus below.
+    """
+    sums = {
+        name: {
+            key: torch.stack([_text_sums(measured[run])[key] for run in runs]) for key in _BOUNDS
+        }
+        for name, runs in groups.items()
+    }
+    counts = {name: _text_sums(measured[runs[0]])["positions"] for name, runs in groups.items()}
+    l0s = {name: [measured[run].l0 for run in runs] for name, runs in groups.items()}
+    return {
+        "groups": [
+            {
+                "name": name,
+                "runs": list(runs),
+                "l0": None if None in l0s[name] else sum(l0s[name]) / len(runs),  # type: ignore[arg-type]
+                **{
+                    key: over_seeds(sums[name][key], counts[name], bounds=b, level=level).plain()
+                    for key, b in _BOUNDS.items()
+                },
+            }
+            for name, runs in groups.items()
+        ],
+        "differences": [
+            {
+                "above": a,
+                "below": b,
+                **{
+                    key: difference_over_seeds(
+                        sums[a][key], sums[b][key], (counts[a], counts[b]), level=level
+                    ).plain()
+                    for key in _BOUNDS
+                },
+            }
+            for a, b in combinations(groups, 2)
+        ],
+    }
+
+
+def partial_groups(
+    first: Sequence[Partial], second: Sequence[Partial], family: Family, level: float
+) -> list[dict[str, Any]]:
+    """Return intervals of the KL of one group of runs minus another's, over seeds and texts."""
+    a, b = (torch.stack([run.kl[family].T for run in runs], 1) for runs in (first, second))
+    counts = first[0].positions, second[0].positions
+    curve: list[dict[str, Any]] = difference_over_seeds(a, b, counts, level=level).plain()
+    return curve
+
+
+def _text_sums(arrays: Measured) -> dict[str, Tensor]:
+    """Return the sums of each text: KL, top-1 errors and positions."""
+    n = int(arrays.text.max()) + 1
+    values = {"kl": arrays.kl.double(), "top1_error": _wrong(arrays)}
+    values["positions"] = torch.ones_like(values["kl"])
+    return {key: _per_text(value, arrays.text, n) for key, value in values.items()}
+
+
 class _Sums:
     """Intervals of one model over selected positions, from sums per text."""
 
     def __init__(self, arrays: Measured, n: int, config: BootstrapConfig | None) -> None:
         self.text, self.n, self.config = arrays.text, n, config
         self.values = {"kl": arrays.kl.double(), "top1_error": _wrong(arrays)}
-        self.bounds = {"kl": _POSITIVE, "top1_error": _SHARE}
 
     def intervals(
         self, positions: Tensor | None = None, texts: Tensor | None = None
@@ -192,7 +263,7 @@ class _Sums:
         }
 
     def _interval(self, key: str, sums: Tensor, counts: Tensor) -> Any:
-        return ratio(sums, counts, bounds=self.bounds[key], config=self.config).plain()
+        return ratio(sums, counts, bounds=_BOUNDS[key], config=self.config).plain()
 
 
 def _per_text(values: Tensor, text: Tensor, n: int) -> Tensor:

@@ -28,6 +28,7 @@ TRAINED = {
     "mlp": "tuned MLPs",
     "norms": "refit norms",
     "bias": "biases",
+    "lora": "low-rank updates",
 }
 
 

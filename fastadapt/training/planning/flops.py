@@ -24,7 +24,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.baselines import Baseline
+from fastadapt.models.baselines import Baseline, LoraConfig
 from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.models.recompute import ATTENTION_OPS
 from fastadapt.models.replacement import ReplacementModel
@@ -44,7 +44,7 @@ class Setup:
 
     target: Any = field(hash=False)
     pair: PairConfig
-    trained: AdapterConfig | Baseline
+    trained: AdapterConfig | LoraConfig | Baseline
     objective: ObjectiveConfig
     sequences: int
     tokens: int
