@@ -37,8 +37,9 @@ class DataConfig:
             which source alone is required; weights are shares of the training tokens.
         validation: held-out data: file, folder or dataset id.
         family: form of chat. auto: the tokenizer's chat template where it writes every turn as it
-            is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwen3, llama3,
-            llama2, mistral, olmo2, phi3, gemma; text: no conversations. In a file also a mapping:
+            is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwq, qwen3,
+            llama3, llama2, mistral, olmo2, phi3, gemma; text: no conversations. In a file also a
+            mapping:
             user and assistant: [before, after], and system, tool, bos, lead, between, thinking,
             markers.
         columns: column to read, or prompt,response. Null: recognised by name.

@@ -341,10 +341,11 @@ def hub_errors() -> tuple[type[Exception], ...]:
 @contextmanager
 def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
     """Raise errors of the hub and of ``datasets`` while opening a dataset as ``UserError``."""
+    # ValueError: an unknown split, or a dataset with several configurations
+    failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     try:
         yield
-    # ValueError: an unknown split, or a dataset with several configurations
-    except (*hub_errors(), ValueError) as error:
+    except failures as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data source {name!r}: no such file or folder, and loading a dataset of this name "

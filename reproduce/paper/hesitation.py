@@ -63,15 +63,19 @@ def interaction(result: Result) -> Finding | None:
     models = [_place(result, "only", (name,)) for name in ("both", "hesitation", "template")]
     if None in models:
         return None
-    both, hesitation, template = (m["kinds"]["all"]["change"]["mean"] for m in models)
-    if None in (both, hesitation, template):
+    both, *parts = (model["kinds"]["all"]["change"] for model in models)
+    if None in (end for value in (both, *parts) for end in value.values()):
         return Finding(NOT_MEASURABLE, NOT_MEASURABLE)
-    text = (
-        f"of the target's contrast over the bias: both {percent(both)}, hesitation "
-        f"{percent(hesitation)}, template {percent(template)}"
+    text = "of the target's contrast over the bias: " + ", ".join(
+        f"{name} {shown(value, percent)}"
+        for name, value in zip(("both", "hesitation", "template"), (both, *parts), strict=True)
     )
-    holds = both > hesitation + template
-    return Finding(text, f"{'yes' if holds else 'no'}, by the estimates")
+    # The file has no interval of the sum, so a clear verdict takes the worst of all ends.
+    if both["mean"] <= sum(part["mean"] for part in parts):
+        clear = both["high"] <= sum(part["low"] for part in parts)
+        return Finding(text, "no" if clear else "no, not clearly")
+    clear = both["low"] > sum(part["high"] for part in parts)
+    return Finding(text, "yes" if clear else "yes, not clearly")
 
 
 # --- sampled responses (study.json) ---------------------------------------------------------------

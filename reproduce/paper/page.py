@@ -35,7 +35,8 @@ the commands write; only the numbers of the paper are typed.
 Holds: `yes` or `no` by the estimate, `not clearly` if the interval contains the bound, or for
 claims of equality if the intervals meet; `needs full scale` for what the embedded pair cannot show.
 Intervals are 95%, over texts or questions, and over training seeds where a row compares groups of
-runs ([evaluation](evaluation.md)).
+runs ([evaluation](evaluation.md)). RUN is a run of the embedded pair with three sets of features:
+`hesitation` and `template`, selected by the options of these names, and `both`, their union.
 
 """
 

@@ -35,8 +35,8 @@ CASES = [
     ),
     (
         "second preset",
-        lambda d: d.train("more"),
-        r"more: no such preset\. Known: organism.*; overlays: bias, dense, no-bridge, norms",
+        lambda d: d.train("quux"),
+        r"quux: no such preset\. Known: organism.*; overlays: bias, dense, lora, no-bridge, norms",
     ),
     (
         "nearest overlay",

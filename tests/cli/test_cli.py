@@ -49,6 +49,15 @@ def test_the_options_of_train_are_frozen() -> None:
     assert sorted(train_parser().option_names()) == sorted(OPTIONS)
 
 
+def test_the_help_of_train_names_every_family() -> None:
+    from fastadapt.cli.train import train_parser
+    from fastadapt.data.families import FAMILIES
+
+    text = " ".join(train_parser().format_help().split())
+    listed = text.partition("Families: ")[2].partition(";")[0].split(", ")
+    assert sorted(listed) == sorted(FAMILIES)
+
+
 PREPARE_OPTIONS = """
 --allow_fewer --columns --family --help --markers --max_tokens --output --overwrite --reserve
 --resume --revision --seed --shares --split --subset --thinking --tokenizer --train
