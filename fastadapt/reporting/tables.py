@@ -273,7 +273,11 @@ def _speed(result: Mapping[str, Any]) -> Table | None:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    """Return tables in GitHub's Markdown, with titles and notes."""
+    """Return tables in GitHub's Markdown, with titles and notes; columns of numbers on the right."""
+
+    def aligned(column: int, table: Table) -> str:
+        words = column == 0 or any(re.match(r"[a-z`]", row[column], re.I) for row in table.rows)
+        return "---" if words else "---:"
 
     def line(cells: Sequence[str]) -> str:
         # Underscores inside words need no escape: only those at the ends of words mark emphasis.
@@ -282,7 +286,7 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
     return "\n".join(
         f"## {table.title}\n\n{line(table.head)}"
-        + line(["---", *["---:"] * (len(table.head) - 1)])
+        + line([aligned(column, table) for column in range(len(table.head))])
         + "".join(map(line, table.rows))
         + (f"\n{table.note}\n" if table.note else "")
         for table in tables
