@@ -273,7 +273,7 @@ def _speed(result: Mapping[str, Any]) -> Table | None:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    """Return tables in GitHub's Markdown, with titles and notes; columns of numbers on the right."""
+    """Return tables in GitHub's Markdown, with titles and notes; numbers are right-aligned."""
 
     def aligned(column: int, table: Table) -> str:
         words = column == 0 or any(re.match(r"[a-z`]", row[column], re.I) for row in table.rows)
