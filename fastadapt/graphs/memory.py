@@ -166,14 +166,14 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
         "logits of a chunk": logits,
     }
     leaves = round(setup.l0 * T) * n_layers + T * (1 + n_layers * (3 + has_errors))
-    kept = (1 + setup.config.nodes) * 2 * setup.config.top
+    stored = (1 + setup.config.nodes) * 2 * setup.config.top
     return GraphMemory(
         parts={name: size for name, size in parts.items() if size},
         phases=phases,
         host={
             "leaves": leaves * (_PER_LEAF * _INDEX + item),
             "rows of edges": rows * leaves * item + 3 * leaves * _INDEX,
-            "stored edges": kept * 2 * _INDEX,
+            "stored edges": stored * 2 * _INDEX,
         },
         all_blocks=n_layers * one.activations,
     )

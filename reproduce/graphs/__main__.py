@@ -87,7 +87,7 @@ def _shares(options: argparse.Namespace) -> dict[str, Any]:
     head = f"absolute edges into a feature, {result['places']} places"
     print_table(
         [head, *(f"{name} features" for name in shares)],
-        [[name, *(_interval(of[name]) for of in shares.values())] for name in names],
+        [[name, *(_interval(parts[name]) for parts in shares.values())] for name in names],
     )
     return result
 

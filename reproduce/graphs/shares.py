@@ -49,10 +49,10 @@ def measure_shares(
         raise UserError("expected a run with collected features; run fastadapt features collect")
     chosen = set(select(run.store, SelectConfig(hesitation=True, top=top)))
     draw = random.Random(seed)
-    found: dict[str, list[list[float]]] = {"hesitation": [], "other": []}
+    measured: dict[str, list[list[float]]] = {"hesitation": [], "other": []}
     n_texts = 0
     for ids in texts(run, seed):
-        if len(found["hesitation"]) == n:
+        if len(measured["hesitation"]) == n:
             break
         n_texts += 1
         trace = record(run.model, ids, rows=2)
@@ -75,15 +75,15 @@ def measure_shares(
         if not others:
             continue
         rows = _parts(trace, leaves, [i, draw.choice(near or others)])
-        for name, row in zip(found, rows, strict=True):
-            found[name].append(row)
-        progress(len(found["hesitation"]))
+        for name, row in zip(measured, rows, strict=True):
+            measured[name].append(row)
+        progress(len(measured["hesitation"]))
     return {
         "hesitation features": len(chosen),
         "top": top,
         "texts": n_texts,
-        "places": len(found["hesitation"]),
-        "shares": {name: _summary(rows) for name, rows in found.items() if rows},
+        "places": len(measured["hesitation"]),
+        "shares": {name: _summary(rows) for name, rows in measured.items() if rows},
     }
 
 

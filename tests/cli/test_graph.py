@@ -105,8 +105,9 @@ def test_bad_runs_and_texts(run: Path, tmp_path: Path, fastadapt: Callable[..., 
     outcome = fastadapt("graph", run, "4 " * 5000, "--token", "4", *SMALL)
     assert outcome.code == 2
     assert "expected at most 512 tokens, the model's context, got 5,000" in outcome.err
-    names = [resolve(f"organism/{role}") for role in ("target", "base")]
-    model = ReplacementModel.create(ModelPair.load(PairConfig(*names, device="cpu")), "norms")
+    target, base = (resolve(f"organism/{role}") for role in ("target", "base"))
+    pair = ModelPair.load(PairConfig(target, base, device="cpu"))
+    model = ReplacementModel.create(pair, "norms")
     card = {"target": "organism/target", "base": "organism/base"}
     save_adapters(model.adapters, tmp_path / "norms" / "adapter", card)
     for options in ((), ("--dry-run",)):

@@ -59,12 +59,27 @@ def counted(model: ReplacementModel, n: int, stream: Any) -> tuple[int, float]:
     return live.peak, graph.leaves.n_features / n / model.n_layers
 
 
+def growth(peaks: list[int]) -> float:
+    """Return the last increment over the first: 1 if memory is linear, 7/3 if it is quadratic."""
+    steps = [b - a for a, b in pairwise(peaks)]
+    assert min(steps) > 0
+    return steps[-1] / steps[0]
+
+
+def test_long_plans_are_linear_unless_attention_is_not(model: ReplacementModel) -> None:
+    def peaks(attention: str) -> list[int]:
+        pair = PairConfig("target", "base", dtype="float32", attention=attention)
+        setup = GraphSetup(model.model.config, pair, AdapterConfig(64), 0, 3.0, config=GRAPH)
+        return [graph_memory(replace(setup, tokens=10 * n)).peak_bytes for n in LENGTHS]
+
+    assert growth(peaks("auto")) == pytest.approx(1, abs=0.02)
+    assert growth(peaks("eager")) > 1.5  # the control
+
+
 @pytest.mark.parametrize("stream", ["replacement", "target"])
 def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> None:
     measured = [counted(model, n, stream) for n in LENGTHS]
-    steps = [b[0] - a[0] for a, b in pairwise(measured)]
-    assert min(steps) > 0
-    assert max(steps) - min(steps) < 0.05 * max(steps)
+    assert growth([peak for peak, _ in measured]) < 1.2
     for n, (peak, l0) in zip(LENGTHS, measured, strict=True):
         setup = GraphSetup(
             model.model.config,

@@ -33,18 +33,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_places_are_where_the_models_differ_most(folder: Path) -> None:
     run = load_run(folder, dtype="float64", device="cpu")
-    found = list(places(run, 3, seed=0))
-    assert [place.ids.tolist() for place in found] != [
+    chosen = list(places(run, 3, seed=0))
+    assert [place.ids.tolist() for place in chosen] != [
         place.ids.tolist() for place in places(run, 3, seed=1)
     ]
     whole = [text.tolist() for text in texts(run, seed=0)]
-    for place in found:
+    for place in chosen:
         ids, (position, token, against, kl) = place
         assert len(ids) == position + 1
         assert any(text[: len(ids)] == ids.tolist() for text in whole)
         tops = []
         for mode in ("target", "hybrid"):
-            with run.model.mode(mode), torch.no_grad():  # type: ignore[arg-type]
+            with run.model.mode(mode), torch.no_grad():
                 tops.append(int(run.model(ids[None]).logits[0, -1].argmax()))
         assert tops == [token, against]
         assert kl > 0
