@@ -35,7 +35,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastadapt.evaluation.statistics import Intervals
+from fastadapt.evaluation.statistics import Intervals, wilson
 
 _NODES, _STEPS = 65, 12  # of the integral of Student's density, and of Newton's method
 
@@ -52,7 +52,8 @@ def over_seeds(
     Args:
         sums: real ``[..., S, n]``: each run's sum of the averaged quantity on each text, S >= 2.
         counts: ``[n]`` or the shape of ``sums``: number of terms of each sum.
-        bounds: least and largest possible value, to which the interval is clamped.
+        bounds: least and largest possible value, to which the interval is clamped. If both are
+            finite and all runs are at one of them, the interval is Wilson's over the texts.
         level: confidence level.
 
     Returns:
@@ -68,7 +69,16 @@ def over_seeds(
         [0.4, 0.03, 0.77]
     """
     y = _values(sums, counts)
-    return _interval(y.mean((-2, -1)), *_levels(y), [y.shape[-2]], y.shape[-1], bounds, level)
+    s, n = y.shape[-2:]
+    mean = y.mean((-2, -1))
+    mean, low, high = _interval(mean, *_levels(y), [s], n, bounds, level)
+    least, largest = bounds
+    if math.isfinite(least) and math.isfinite(largest):  # such runs have no spread
+        at_end = (mean == least) | (mean == largest)
+        _, lowest, highest = wilson((mean - least) / (largest - least) * n, n, level)
+        low = torch.where(at_end, least + (largest - least) * lowest, low)
+        high = torch.where(at_end, least + (largest - least) * highest, high)
+    return Intervals(mean, low, high)
 
 
 def difference_over_seeds(

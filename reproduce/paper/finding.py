@@ -28,6 +28,8 @@ def joined(verdicts: Sequence[str]) -> str:
         >>> joined(["yes", "yes, not clearly"]), joined(["yes", "no", "no"])
         ('yes, not clearly', 'no for 2 of 3')
     """
+    if NOT_MEASURABLE in verdicts:
+        return NOT_MEASURABLE
     if failed := [v for v in verdicts if v.startswith("no")]:
         clear = "" if "no" in failed else ", not clearly"
         return f"no for {len(failed)} of {len(verdicts)}{clear}" if verdicts[1:] else failed[0]

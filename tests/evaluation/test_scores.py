@@ -106,6 +106,15 @@ def test_groups_have_the_means_of_their_runs() -> None:
         )
         assert gap["accuracy"]["high"] < 0
         assert gap["length"]["high"] < 0
+    silent = {
+        f"run{i}": {"sampled": {"a": answered(drawn(0.5, 20, i), hesitations=0)}} for i in range(2)
+    }
+    (group,) = summarise_groups(silent, {"run0": ["run0", "run1"]}, 0.95)["a"]["groups"]
+    alone = summarise_benchmarks(silent)["a"]["run0"]["sampled"]
+    assert (
+        group["hesitations_per_1000"] == alone["hesitations_per_1000"]
+    )  # no narrower than one run
+    assert group["hesitations_per_1000"]["high"] > 0
 
 
 def test_each_word_has_a_rate_beside_what_is_counted() -> None:

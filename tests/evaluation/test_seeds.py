@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.evaluation.seeds import difference_over_seeds, over_seeds, student_quantile
-from fastadapt.evaluation.statistics import Intervals
+from fastadapt.evaluation.statistics import Intervals, wilson
 
 TEXTS = 100
 #: Standard deviations of seeds, texts, and of a text in a run, and the distribution of texts.
@@ -150,6 +150,8 @@ def test_leading_shapes_bounds_levels_and_too_few() -> None:
     narrow, wide = (over_seeds(values, torch.ones(3), level=level) for level in (0.5, 0.95))
     assert bool((narrow.high - narrow.low < (wide.high - wide.low) / 2).all())
     equal = over_seeds(torch.full((2, 4), 0.5), torch.ones(4))
+    none = over_seeds(torch.zeros(3, 20), torch.ones(20), bounds=(0.0, 1.0))
+    assert none == wilson(0.0, 20.0)
     assert equal == Intervals(*[torch.tensor(0.5, dtype=torch.float64)] * 3)
     assert over_seeds(torch.rand(2, 1), torch.ones(1)).low.isnan()
     with pytest.raises(ValueError, match=r"expected two or more runs.*got \[1, 3\]"):

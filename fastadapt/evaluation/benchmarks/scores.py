@@ -137,18 +137,23 @@ def summarise_groups(
             for name, runs in groups.items()
         }
         terms = {name: _terms(each) for name, each in scores.items()}
+        measured = [
+            {
+                "name": name,
+                "runs": list(groups[name]),
+                **{
+                    key: over_seeds(x, c, bounds=_BOUNDS[key], level=level).plain()
+                    for key, (x, c) in measures.items()
+                },
+            }
+            for name, measures in terms.items()
+        ]
+        for group, runs in zip(measured, scores.values(), strict=True):
+            if not any(run.hesitations.any() for run in runs):
+                most = [_most_hesitations(run, level) for run in runs]
+                group["hesitations_per_1000"]["high"] = max(m or 0 for m in most)  # type: ignore[index]
         summary[task] = {
-            "groups": [
-                {
-                    "name": name,
-                    "runs": list(groups[name]),
-                    **{
-                        key: over_seeds(x, c, bounds=_BOUNDS[key], level=level).plain()
-                        for key, (x, c) in measures.items()
-                    },
-                }
-                for name, measures in terms.items()
-            ],
+            "groups": measured,
             "differences": [
                 {
                     "above": a,
@@ -247,16 +252,22 @@ def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
         return ratio(sums * scale, counts * scale, bounds=(0.0, largest), config=config).plain()
 
     hesitations = interval(1000 * scores.hesitations, scores.tokens)
-    # Tokens in units of the heaviest question's: an exposure that is not too large.
-    tokens = (scores.tokens * scale).sum().item() / scale.max().item()
-    if tokens and not scores.hesitations.any():
+    if not scores.hesitations.any():
         level = (config or BootstrapConfig()).level
-        hesitations["high"] = 1000 * most_of_none(tokens, level)
+        hesitations["high"] = _most_hesitations(scores, level) or hesitations["high"]
     return {
         "accuracy": interval(scores.correct, scores.responses, 1.0),
         "length": interval(scores.tokens, scores.responses),
         "hesitations_per_1000": hesitations,
     }
+
+
+def _most_hesitations(scores: _Sums, level: float) -> float | None:
+    """Return the upper end of a rate per 1,000 tokens after no event; None without a token."""
+    scale = scores.weight / scores.responses
+    # Tokens in units of the heaviest question's: an exposure that is not too large.
+    tokens = (scores.tokens * scale).sum().item() / scale.max().item()
+    return 1000 * most_of_none(tokens, level) if tokens else None
 
 
 def _by_word(
