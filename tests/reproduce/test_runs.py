@@ -144,6 +144,15 @@ def test_only_named_runs_are_trained(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     trained = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
     assert trained == {"sparsity-4.3e-3", "norms"}
+    # Runs that depend on others get their arguments from them.
+    finished(tmp_path / "more", {**MEASURED, "no-bridge": 6.18, "whole-mlp": 9.73})
+    environment["PYTHON"] = sys.executable
+    command[1:] = [tmp_path / "more", "1", "no-bridge-matched-seed1", "norms-scaled"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    said = dict(re.findall(r"^(\S+): fastadapt train organism (.*)$", result.stdout, re.M))
+    expected = dict(line.split(maxsplit=1) for line in matching.runs(tmp_path / "more"))
+    assert said == {name: expected[name] for name in ("no-bridge-matched-seed1", "norms-scaled")}
     # `make study` trains one of these runs.
     studied = re.search(r"^STUDIED := (\S+)$", (SCRIPTS.parent / "Makefile").read_text(), re.M)
     assert studied is not None

@@ -151,7 +151,7 @@ def summarise_groups(
         for group, runs in zip(measured, scores.values(), strict=True):
             if not any(run.hesitations.any() for run in runs):
                 most = [_most_hesitations(run, level) for run in runs]
-                group["hesitations_per_1000"]["high"] = max(m or 0 for m in most)  # type: ignore[index]
+                group["hesitations_per_1000"]["high"] = max(m or 0 for m in most)
         summary[task] = {
             "groups": measured,
             "differences": [

@@ -20,7 +20,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect import CollectConfig, Shard, collect, merge, snapshots
 from fastadapt.features.collect import collector as gathering
 from fastadapt.features.store.store import Store
-from fastadapt.models.baselines import tuned_weights
+from fastadapt.models.baselines import LoraConfig, tuned_weights
 from fastadapt.models.replacement import ModelPair, PairConfig
 from fastadapt.organism import resolve
 
@@ -81,9 +81,10 @@ def test_an_invalid_shard(text: str) -> None:
 def test_a_run_without_features(tmp_path: Path) -> None:
     named: dict[str, Any] = {role: resolve(f"organism/{role}") for role in ("target", "base")}
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
-    save_adapters(tuned_weights(pair, "norms"), tmp_path / "run" / "adapter", named)
-    with pytest.raises(UserError, match=r"of kind 'norms', which has no features"):
-        collect(tmp_path / "run", None, CollectConfig(data="organism/validation"))
+    for kind, trained in (("norms", "norms"), ("lora", LoraConfig(2, 0))):
+        save_adapters(tuned_weights(pair, trained), tmp_path / kind / "adapter", named)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"of kind '{kind}', which has no features"):
+            collect(tmp_path / kind, None, CollectConfig(data="organism/validation"))
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
