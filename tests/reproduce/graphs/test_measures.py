@@ -64,7 +64,7 @@ def test_shares_are_parts_of_the_absolute_edges(folder: Path) -> None:
     assert parts[0] == pytest.approx(by_kind["feature"] / whole)
     assert parts[1] == pytest.approx(by_kind["token"] / whole)
     assert parts[2] == pytest.approx(by_kind["decoder bias"] / whole)
-    assert min(parts[:3]) > 0
+    assert min(parts[:2]) > 0  # these adapters have no bias
     features = row[: leaves.n_features].sort(descending=True).values
     half = int(parts[-1])
     assert features[:half].sum() >= 0.5 * features.sum() > features[: half - 1].sum()
