@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_iter
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.graphs.attribution import CHUNK
@@ -32,7 +33,8 @@ from fastadapt.training.planning.flops import Setup, fake_pair
 from fastadapt.training.planning.live_bytes import LiveBytes
 
 _INDEX = 8  #: bytes of an index
-_PER_LEAF = 6  # index tensors per leaf: kind, layer, position, feature, depth, a mask
+# Tensors per leaf: kind, layer, position, feature, depth, and those from which they are joined.
+_PER_LEAF = 10
 _BLOCKS = 2  # of the measured model; more where its blocks differ
 
 
@@ -107,6 +109,7 @@ class _Measured:
         backward: worst moment of one block in a backward pass of R rows.
         activations: what one block's forward pass of R rows leaves for the backward pass.
         gradients: gradients of the states of a block, one row.
+        arguments: arguments of the blocks, such as rotary embeddings, which all blocks share.
     """
 
     whole: int
@@ -116,6 +119,7 @@ class _Measured:
     backward: int
     activations: int
     gradients: int
+    arguments: int
 
 
 def graph_memory(setup: GraphSetup) -> GraphMemory:
@@ -132,7 +136,7 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
         ...     graph_memory(GraphSetup(tiny, pair, AdapterConfig(n_features=64), n, 3.0))
         ...     for n in (500, 1000)
         ... )
-        >>> half.parts["states"] / whole.parts["states"]
+        >>> round(half.parts["states"] / whole.parts["states"], 3)
         0.5
     """
     n_layers, width = setup.target.num_hidden_layers, setup.target.hidden_size
@@ -141,7 +145,7 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
     codes = round(setup.l0 * T) * (2 * _INDEX + item)
     per_state = T * width * item
     has_errors = setup.stream == "target"
-    states = (2 + n_layers * (3 + has_errors)) * per_state
+    states = (2 + n_layers * (3 + has_errors)) * per_state + one.arguments
     weights = one.whole + n_layers * one.block
     always = weights + states + n_layers * codes
     rows, copies = setup.config.rows, 1 + setup.evidence.copies
@@ -215,6 +219,8 @@ def _measure(setup: GraphSetup) -> _Measured:
             names = (MLP_OUT, HEADS, *(linear.name for linear in trace.linears[0]))
             gradients = (hidden.nbytes + sum(seen[name].nbytes for name in names)) // rows
             del out
+            tensors = {id(x): x for x in tree_iter(trace.arguments) if isinstance(x, torch.Tensor)}
+            arguments = sum(tensor.nbytes for tensor in tensors.values())
         block = sum(p.nbytes for p in model.blocks[0].parameters())
     return _Measured(
         whole=weights - n * block,
@@ -224,6 +230,7 @@ def _measure(setup: GraphSetup) -> _Measured:
         backward=backward + cotangent.nbytes,
         activations=activations,
         gradients=gradients,
+        arguments=arguments,
     )
 
 
