@@ -12,9 +12,8 @@ token. The losses (arXiv 2602.20904) are:
 - ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
 
 The objective is defined per sequence and averaged over the sequences of a batch; a row of a packed
-batch holds several sequences. KL counts the
-positions whose next token has a valid label. NMSE, L_1 and L0 count every token that is not
-padding.
+batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE, L_1
+and L0 count every token that is not padding.
 
 Target and replacement pass through the layers side by side. From the cutoff on, the replacement
 stream and the target→adapter stream pass through the same blocks, as one batch. Its second half
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.batch import Batch, token_weights
+from fastadapt.batch import Batch, Packing, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
@@ -174,15 +173,17 @@ def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> Co
     return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)
 
 
-def _mean_nmse(student: Tensor, target: Tensor, batch: Batch, tokens_BT: Tensor) -> list[Tensor]:
+def _mean_nmse(
+    student: Tensor, target: Tensor, real: Tensor, tokens_BT: Tensor, packing: Packing | None
+) -> list[Tensor]:
     """Return the NMSE averaged over sequences, and over tokens with their weights."""
-    if batch.packing is None:
-        error = nmse(student, target, mask=batch.real)
+    if packing is None:
+        error = nmse(student, target, mask=real)
         return [error.nmse.mean(), (error.token_nmse * tokens_BT).sum()]
     of_texts, of_tokens = [], []
     # Unbound and split, not sliced: the backward pass then joins the gradients of a row once.
     for row, of_target, lengths in zip(
-        student.unbind(), target.unbind(), batch.packing.lengths, strict=True
+        student.unbind(), target.unbind(), packing.lengths, strict=True
     ):
         sizes = [*lengths, len(row) - sum(lengths)]
         texts = zip(row.split(sizes), of_target.split(sizes), lengths, strict=False)
@@ -250,7 +251,7 @@ def _traverse(
         model.reshard_layer(layer)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
-        of_sequences, of_tokens = _mean_nmse(free, h, batch, tokens_BT)
+        of_sequences, of_tokens = _mean_nmse(free, h, real, tokens_BT, batch.packing)
         nmse_sum, token_sum = nmse_sum + of_sequences, token_sum + of_tokens
     return _Streams(
         target=h,

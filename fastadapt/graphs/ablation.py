@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.graphs.attribution import Leaves, Target
-from fastadapt.graphs.trace import Trace
+from fastadapt.graphs.linear.trace import Trace
 from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.replacement import Mode, ReplacementModel
 

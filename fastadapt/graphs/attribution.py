@@ -1,8 +1,8 @@
 """Edges of an attribution graph: gradients of a target value, times the values of its leaves.
 
 A *leaf* is a node without incoming edges in one backward pass: a token's embedding, an active unit
-(:mod:`.units`), a decoder bias, the biases of attention and of the MLP, and an error. The edges
-into a target, plus its constant, sum to its value.
+(:mod:`.linear.units`), a decoder bias, the biases of attention and of the MLP, and an error. The
+edges into a target, plus its constant, sum to its value.
 
 Rows of edges are computed in full and stored in part: N leaves, the ``top_k`` largest of each row,
 and the exact sums of what is left out. Nothing of size N × N exists.
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.graphs.backward import FINAL, BlockGradients, Site, walk
-from fastadapt.graphs.trace import Trace
-from fastadapt.graphs.units import MLP_IN, MLP_OUT, Units
+from fastadapt.graphs.linear.backward import FINAL, BlockGradients, Site, walk
+from fastadapt.graphs.linear.trace import Trace
+from fastadapt.graphs.linear.units import MLP_IN, MLP_OUT, Units
 
 #: Kinds of leaves. A leaf's kind is stored as the index in this order.
 Kind = Literal[

@@ -13,8 +13,8 @@ from fastadapt.errors import UserError
 from fastadapt.graphs.ablation import Surgery, run, run_changed
 from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges
 from fastadapt.graphs.graph import GraphConfig, Row, grow
-from fastadapt.graphs.rules import without_ranks
-from fastadapt.graphs.trace import Trace, record
+from fastadapt.graphs.linear.rules import without_ranks
+from fastadapt.graphs.linear.trace import Trace, record
 
 
 class Account(NamedTuple):

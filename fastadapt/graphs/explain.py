@@ -17,8 +17,9 @@ from fastadapt.graphs.attribution import Target
 from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
 from fastadapt.graphs.files import describe
 from fastadapt.graphs.graph import Graph, GraphConfig, grow
-from fastadapt.graphs.heads import head_loadings
-from fastadapt.graphs.overlay import TranscoderSet, unexplained_variance
+from fastadapt.graphs.linear.heads import head_loadings
+from fastadapt.graphs.linear.overlay import TranscoderSet, unexplained_variance
+from fastadapt.graphs.linear.trace import Stream, Trace, check_ids, record
 from fastadapt.graphs.schema import BaseSet, GraphFile, Heads
 from fastadapt.graphs.targets import (
     contrast,
@@ -28,7 +29,6 @@ from fastadapt.graphs.targets import (
     named_feature,
     one_token,
 )
-from fastadapt.graphs.trace import Stream, Trace, check_ids, record
 from fastadapt.models.replacement import ReplacementModel
 
 HEADS = 10  # edges of the first target that are split by heads

@@ -17,6 +17,7 @@ from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.graphs.attribution import KINDS, UNIT_KINDS, Target
 from fastadapt.graphs.evidence import Account, Evidence
 from fastadapt.graphs.graph import Graph
+from fastadapt.graphs.linear.trace import Trace
 from fastadapt.graphs.schema import (
     SCHEMA_VERSION,
     BaseSet,
@@ -28,7 +29,6 @@ from fastadapt.graphs.schema import (
     Ranks,
 )
 from fastadapt.graphs.targets import LogitTarget, logits_of
-from fastadapt.graphs.trace import Trace
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import DocumentError, check, read_json
 

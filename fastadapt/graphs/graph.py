@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, unit_target
-from fastadapt.graphs.trace import Trace
+from fastadapt.graphs.linear.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def grow(
     Example:
         >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
         >>> from fastadapt.graphs.targets import logit
-        >>> from fastadapt.graphs.trace import record
+        >>> from fastadapt.graphs.linear.trace import record
         >>> pair = ModelPair.load(PairConfig("organism/target", "organism/base", device="cpu"))
         >>> model = ReplacementModel.create(pair, AdapterConfig(n_features=8)).eval()
         >>> trace = record(model, [5, 9, 4], rows=2)

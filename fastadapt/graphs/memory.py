@@ -1,6 +1,6 @@
 """Memory of a graph, measured on fake tensors: no weight is read, no device is used.
 
-Two blocks of the true shapes run as :mod:`.trace` and :mod:`.backward` run them, and
+Two blocks of the true shapes run as :mod:`.linear.trace` and :mod:`.linear.backward` run them, and
 :class:`~fastadapt.training.planning.live_bytes.LiveBytes` counts the tensors alive. Only one block
 runs at a time, so a graph of any depth needs the saved states of all blocks and the worst moment of
 one. The number of active features depends on the text; it is assumed.
@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_iter
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.graphs.attribution import CHUNK
-from fastadapt.graphs.backward import FINAL, run_block, walk
 from fastadapt.graphs.evidence import EvidenceConfig
 from fastadapt.graphs.graph import GraphConfig
+from fastadapt.graphs.linear.backward import FINAL, run_block, walk
+from fastadapt.graphs.linear.trace import Stream, Trace, mode_of, sources
+from fastadapt.graphs.linear.units import HEADS, MLP_OUT
 from fastadapt.graphs.targets import POSITIONS
-from fastadapt.graphs.trace import Stream, Trace, mode_of, sources
-from fastadapt.graphs.units import HEADS, MLP_OUT
 from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.pair import DTYPES, PairConfig
 from fastadapt.models.replacement import ReplacementModel

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastadapt.errors import UserError
 from fastadapt.evaluation.generation.responses import Response
 from fastadapt.features.store.logit_lens import token_strings
+from fastadapt.graphs.linear.trace import Stream, check_ids, mode_of
 from fastadapt.graphs.targets import final_state, logits_of
-from fastadapt.graphs.trace import Stream, check_ids, mode_of
 from fastadapt.models.replacement import ReplacementModel
 
 _POSITIONS = 256  # whose logits are in memory at once

@@ -8,7 +8,7 @@ import msgspec
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.graphs.attribution import Kind
-from fastadapt.graphs.trace import Stream
+from fastadapt.graphs.linear.trace import Stream
 from fastadapt.io.documents import Count, Finite, Name, NonNegative, Positive, Sha256
 
 SCHEMA_VERSION = 1

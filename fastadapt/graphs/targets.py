@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import Target
-from fastadapt.graphs.rules import held_quotient
-from fastadapt.graphs.trace import Trace, check_ids
+from fastadapt.graphs.linear.rules import held_quotient
+from fastadapt.graphs.linear.trace import Trace, check_ids
 from fastadapt.io.tensors import read_tensors
 from fastadapt.models.replacement import Mode, ReplacementModel
 

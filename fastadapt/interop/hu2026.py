@@ -23,6 +23,7 @@ from fastadapt.adapter.files import read_transcoders, save_adapters
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.interop.hu2026_format import (
+    check_writable,
     iter_adapters,
     published_config,
     published_tensors,
@@ -164,13 +165,15 @@ def save(
             "the published format needs transcoder adapters; this model's adapters are of kind "
             f"{kind!r}"
         )
+    config = model.model.config.to_diff_dict()
+    check_writable(config, first)  # before the pair's files are looked up
     write_published(
         folder,
         {
             name.replace(".mlp.base.", ".mlp."): partial(_to_cpu, read)
             for name, read in merged_state(model.model, besides=".mlp.target.")
         },
-        model.model.config.to_diff_dict(),
+        config,
         first,
         companions=companions_of(
             model.pair.config.target,

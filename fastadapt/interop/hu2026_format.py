@@ -108,6 +108,20 @@ def _transposed(read: Lazy) -> Tensor:
     return read().T
 
 
+def check_writable(config: Mapping[str, Any], first: TranscoderAdapter) -> None:
+    """Raise ``UserError`` if the published format has no place for a model or its adapters."""
+    if config.get("model_type") != "qwen2" or first.config.activation != "relu":
+        raise UserError(
+            "the published format needs a Qwen2 model with ReLU adapters; this is "
+            f"{config.get('model_type')} with {first.config.activation}"
+        )
+    if not first.config.base_mlp:
+        raise UserError(
+            "the published format needs adapters beside the base's MLPs; these transcoders replace "
+            "them (adapter.base_mlp is false)"
+        )
+
+
 def write_published(
     folder: str | Path,
     tensors: Mapping[str, Lazy],
@@ -125,16 +139,7 @@ def write_published(
     adapter of layer 0. See :func:`fastadapt.interop.hu2026.save` for the other arguments and the
     errors.
     """
-    if config.get("model_type") != "qwen2" or first.config.activation != "relu":
-        raise UserError(
-            "the published format needs a Qwen2 model with ReLU adapters; this is "
-            f"{config.get('model_type')} with {first.config.activation}"
-        )
-    if not first.config.base_mlp:
-        raise UserError(
-            "the published format needs adapters beside the base's MLPs; these transcoders replace "
-            "them (adapter.base_mlp is false)"
-        )
+    check_writable(config, first)
     biased, index, text = first.config.bias, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))

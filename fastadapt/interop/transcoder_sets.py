@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.overlay import Transcoder, TranscoderSet
+from fastadapt.graphs.linear.overlay import Transcoder, TranscoderSet
 from fastadapt.io.documents import Name, read_yaml
 from fastadapt.io.names import typed_path
 from fastadapt.io.tensors import open_tensors, read_tensors

@@ -36,8 +36,8 @@ class Paths:
         unread: mutable arguments in which a block leaves values that no other block reads, in the
             models that are not excluded.
         paged: whether transformers' continuous batching, with its paged cache, can run the blocks.
-        without_rules: parts of a block for which :mod:`fastadapt.graphs.rules` has no rule; empty
-            if it has all.
+        without_rules: parts of a block for which :mod:`fastadapt.graphs.linear.rules` has no rule;
+            empty if it has all.
         excluded: keys of the configuration that a supported model leaves unset or false, with the
             reason.
     """

@@ -11,8 +11,8 @@ from fastadapt.evaluation.statistics import ratio
 from fastadapt.features.loading import LoadedRun
 from fastadapt.graphs.attribution import Leaves
 from fastadapt.graphs.evidence import EvidenceConfig, Sample, measure_evidence
+from fastadapt.graphs.linear.trace import Stream, record
 from fastadapt.graphs.targets import contrast
-from fastadapt.graphs.trace import Stream, record
 from reproduce.graphs.places import places
 
 #: The graph's prediction, and what it is compared with.

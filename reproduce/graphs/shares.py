@@ -13,7 +13,7 @@ from fastadapt.evaluation.statistics import ratio
 from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.selection import SelectConfig, select
 from fastadapt.graphs.attribution import Leaves, edges, unit_target
-from fastadapt.graphs.trace import Trace, record
+from fastadapt.graphs.linear.trace import Trace, record
 from reproduce.graphs.places import texts
 
 #: Parts of the relevance that enters a feature.

@@ -122,7 +122,7 @@ CASES = [
     ),
     (
         "missing key",
-        lambda d: d.yaml(lambda v: v.update(pair={"target": "x"})),
+        lambda d: d.yaml(lambda v: v.update(pair={"target": str(d.pair / "target")})),
         r"pair\.base is missing",
     ),
     (

@@ -142,7 +142,8 @@ KINDS = {
 def test_a_baseline_from_one_command(
     fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path, overlay: str
 ) -> None:
-    run = ["train", recipe(), overlay, "--optimizer.max_steps", 6, "--optimizer.lr", 1e-2]
+    path = recipe(**{"run.report": True})
+    run = ["train", path, overlay, "--optimizer.max_steps", 6, "--optimizer.lr", 1e-2]
     outcome = fastadapt(*run)
     assert outcome.code == 0, outcome.err
     folder = tmp_path / f"run-{overlay}"

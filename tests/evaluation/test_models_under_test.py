@@ -64,7 +64,9 @@ def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
     }
     run = make_run("a", 1, **facts)
     models = ModelSet.open([run, run / "adapter"], ["one", "two"])
-    assert asdict(models.compared["one"]) == {
+    facts_of_one = asdict(models.compared["one"])
+    assert len(facts_of_one.pop("recipe")) == 64  # a digest of the settings beside the seed
+    assert facts_of_one == {
         "name": "one",
         "kind": "transcoder",
         "run": str(run),
@@ -73,6 +75,8 @@ def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
         "l0": 3.5,
         "tokens": 1000,
         "changed": (),
+        "seed": None,
+        "whole_mlp": False,
     }
     assert models.family == "r1-distill"
     assert models.compared["hybrid"].kind == "hybrid"

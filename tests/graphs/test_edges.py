@@ -16,8 +16,8 @@ from fastadapt.graphs.attribution import (
     edges,
     unit_target,
 )
-from fastadapt.graphs.heads import head_loadings
-from fastadapt.graphs.trace import record
+from fastadapt.graphs.linear.heads import head_loadings
+from fastadapt.graphs.linear.trace import record
 from fastadapt.models.architectures import ARCHITECTURES
 
 STREAMS = ("replacement", "target")  # ranks: test_ranks.py

@@ -19,8 +19,8 @@ from fastadapt.graphs.evidence import (
     ranks,
 )
 from fastadapt.graphs.graph import GraphConfig, grow
+from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.targets import contrast, named_feature
-from fastadapt.graphs.trace import record
 from fastadapt.interventions import scale_features
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import Leaves, edges, unit_target
 from fastadapt.graphs.graph import Graph, GraphConfig, grow
+from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.targets import (
     contrast,
     direction_of,
@@ -23,7 +24,6 @@ from fastadapt.graphs.targets import (
     most_different,
     named_feature,
 )
-from fastadapt.graphs.trace import record
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # Gemma 2 caps its logits

@@ -13,13 +13,13 @@ from transformers import Qwen2Config
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.evaluation.models_under_test import ModelSet
-from fastadapt.graphs.backward import FINAL, walk
 from fastadapt.graphs.evidence import EvidenceConfig, measure_evidence
 from fastadapt.graphs.graph import GraphConfig, grow
-from fastadapt.graphs.heads import head_loadings
+from fastadapt.graphs.linear.backward import FINAL, walk
+from fastadapt.graphs.linear.heads import head_loadings
+from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.memory import GraphSetup, fake_trace, graph_memory
 from fastadapt.graphs.targets import contrast
-from fastadapt.graphs.trace import record
 from fastadapt.models.pair import PairConfig
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig
@@ -66,6 +66,7 @@ def growth(peaks: list[int]) -> float:
     return steps[-1] / steps[0]
 
 
+@pytest.mark.slow
 def test_long_plans_are_linear_unless_attention_is_not(model: ReplacementModel) -> None:
     def peaks(attention: str) -> list[int]:
         pair = PairConfig("target", "base", dtype="float32", attention=attention)
@@ -76,7 +77,7 @@ def test_long_plans_are_linear_unless_attention_is_not(model: ReplacementModel) 
     assert growth(peaks("eager")) > 1.5  # the control
 
 
-@pytest.mark.parametrize("stream", ["replacement", "target"])
+@pytest.mark.parametrize("stream", ["replacement", pytest.param("target", marks=pytest.mark.slow)])
 def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> None:
     measured = [counted(model, n, stream) for n in LENGTHS]
     assert growth([peak for peak, _ in measured]) < 1.2
@@ -98,7 +99,9 @@ def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> N
 
 def test_larger_graphs_need_more(model: ReplacementModel) -> None:
     pair = PairConfig("target", "base", dtype="float32")
-    setup = GraphSetup(model.model.config, pair, AdapterConfig(64), 100, 3.0, config=GRAPH)
+    none = EvidenceConfig(ablations=0)  # whose copies of the text would be the peak
+    sizes = (AdapterConfig(64), 100, 3.0, "replacement", GRAPH)
+    setup = GraphSetup(model.model.config, pair, *sizes, evidence=none)
     plan = graph_memory(setup)
     values = {**model.model.config.to_dict(), "num_hidden_layers": 9, "layer_types": None}
     deeper = Qwen2Config(**values)

@@ -16,9 +16,9 @@ from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, unit_target
 from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
 from fastadapt.graphs.graph import GraphConfig, grow
-from fastadapt.graphs.overlay import TranscoderSet, unexplained_variance
+from fastadapt.graphs.linear.overlay import TranscoderSet, unexplained_variance
+from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.targets import contrast
-from fastadapt.graphs.trace import record
 from fastadapt.interop.transcoder_sets import read_transcoder_set
 
 F, D, LAYERS = 20, 16, 3

@@ -13,14 +13,14 @@ from replay import IDS
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
-from fastadapt.graphs import rules
 from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, unit_target
 from fastadapt.graphs.evidence import account, measure_evidence
 from fastadapt.graphs.graph import GraphConfig, grow
-from fastadapt.graphs.heads import head_loadings
-from fastadapt.graphs.rules import linearized
+from fastadapt.graphs.linear import rules
+from fastadapt.graphs.linear.heads import head_loadings
+from fastadapt.graphs.linear.rules import linearized
+from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.targets import contrast
-from fastadapt.graphs.trace import record
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.low_rank import LowRankLinear

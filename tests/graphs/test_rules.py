@@ -11,8 +11,8 @@ from replay import IDS, randomised
 
 from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import Leaves, Target, edges, unit_target
-from fastadapt.graphs.rules import carry, linearized
-from fastadapt.graphs.trace import record
+from fastadapt.graphs.linear.rules import carry, linearized
+from fastadapt.graphs.linear.trace import record
 from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
 
@@ -94,7 +94,7 @@ def test_gradient_through_active_features(architecture: str, make_pair: Callable
 
 
 def test_a_zero_has_quotient_zero() -> None:
-    from fastadapt.graphs.rules import held_quotient
+    from fastadapt.graphs.linear.rules import held_quotient
 
     x = torch.tensor([0.0, 2.0, -0.0])
     assert held_quotient(x, torch.nn.functional.gelu(x) + 0).tolist()[::2] == [0.0, 0.0]

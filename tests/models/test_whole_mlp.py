@@ -18,7 +18,7 @@ from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import ComparedModel
 from fastadapt.features.store.sets import FeatureSet
-from fastadapt.graphs.trace import record
+from fastadapt.graphs.linear.trace import record
 from fastadapt.interop import hu2026
 from fastadapt.interventions import onto_target, scale_features
 from fastadapt.models.replacement import ReplacementModel

@@ -76,10 +76,10 @@ class NoReads(TorchDispatchMode):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def without_mask(pad: int, multiple: int, *, passes_mask: bool) -> Collation:
+def without_mask(pad: int, multiple: int, *, passes_mask: bool, pack: int | None) -> Collation:
     """Collate as on a GPU."""
     assert passes_mask != torch.cuda.is_available()
-    return Collation(pad, multiple, passes_mask=False)
+    return Collation(pad, multiple, passes_mask=False, pack=pack)
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from fastadapt.cli.parser import Typed
 from fastadapt.graphs.evidence import EvidenceConfig
 from fastadapt.graphs.explain import Question
 from fastadapt.graphs.graph import GraphConfig
-from fastadapt.graphs.trace import Stream
+from fastadapt.graphs.linear.trace import Stream
 
 if TYPE_CHECKING:
     from fastadapt.evaluation.models_under_test import ModelSet
-    from fastadapt.graphs.overlay import TranscoderSet
+    from fastadapt.graphs.linear.overlay import TranscoderSet
     from fastadapt.graphs.places import Place, PlaceConfig
 
 GRAPHS = "graphs"  # folder in the run
@@ -90,8 +90,8 @@ def graph(
         gpu: with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine
     """
     from fastadapt.errors import UserError
+    from fastadapt.graphs.linear.trace import check_stream
     from fastadapt.graphs.places import PlaceConfig
-    from fastadapt.graphs.trace import check_stream
     from fastadapt.io.names import typed_path
 
     check_stream(stream, base_set is not None)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastadapt.graphs.evidence import EvidenceConfig
     from fastadapt.graphs.graph import GraphConfig
+    from fastadapt.graphs.linear.trace import Stream
     from fastadapt.graphs.memory import GraphMemory, GraphSetup
-    from fastadapt.graphs.trace import Stream
     from fastadapt.training.planning.devices import Device
 
 #: Active features per token and layer, assumed where a run has no measurement.

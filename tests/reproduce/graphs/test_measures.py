@@ -13,7 +13,7 @@ from organism_runs import make_run
 
 from fastadapt.features.loading import load_run
 from fastadapt.graphs.attribution import KINDS, Leaves, edges, unit_target
-from fastadapt.graphs.trace import record
+from fastadapt.graphs.linear.trace import record
 from reproduce.graphs.__main__ import main
 from reproduce.graphs.effects import PREDICTORS
 from reproduce.graphs.places import places, texts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.units import MLP_IN, MLP_OUT, MLP_STAGE, Units
+from fastadapt.graphs.linear.units import MLP_IN, MLP_OUT, MLP_STAGE, Units
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models.replacement import ReplacementModel
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.graphs.overlay import TranscoderSet
-from fastadapt.graphs.rules import Features, check_model
-from fastadapt.graphs.units import Linear, Units, feature_units, linears, rank_units
+from fastadapt.graphs.linear.overlay import TranscoderSet
+from fastadapt.graphs.linear.rules import Features, check_model
+from fastadapt.graphs.linear.units import Linear, Units, feature_units, linears, rank_units
 from fastadapt.models.replacement import Mode, ReplacementModel
 from fastadapt.models.sources.low_rank import LowRankLinear
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastadapt.graphs.attribution import Leaves, Target, add_edges, cotangents_of
-from fastadapt.graphs.backward import BlockGradients, walk
-from fastadapt.graphs.trace import Trace
-from fastadapt.graphs.units import HEADS
+from fastadapt.graphs.linear.backward import BlockGradients, walk
+from fastadapt.graphs.linear.trace import Trace
+from fastadapt.graphs.linear.units import HEADS
 
 
 class HeadLoadings(NamedTuple):

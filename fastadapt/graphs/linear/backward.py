@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.graphs.rules import carry, linearized
-from fastadapt.graphs.trace import Trace
-from fastadapt.graphs.units import HEADS, MLP_IN, MLP_OUT, attention_of, input_of
+from fastadapt.graphs.linear.rules import carry, linearized
+from fastadapt.graphs.linear.trace import Trace
+from fastadapt.graphs.linear.units import HEADS, MLP_IN, MLP_OUT, attention_of, input_of
 from fastadapt.models.replacement import Mode
 
 #: Layer and name of a state; the state after the final norm has the layer L.
