@@ -96,7 +96,7 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
         >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
         [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
         >>> step_ends("now , first she loses 3 , a loss , so 4 + 3 = 7 pears .".split())
-        [StepEnd(position=16, slip='operation')]
+        [StepEnd(position=17, slip='operation')]
     """
     ends: list[StepEnd] = []
     steps: list[_Step] = []
