@@ -27,6 +27,8 @@ NAMES = {
 }
 #: Questions of the pair's benchmarks: test problems, and solved problems for few-shot prompts.
 QUESTIONS = FOLDER / "data" / "questions.jsonl"
+#: The same of the gated pair.
+GATED_QUESTIONS = GATED_FOLDER / "data" / "questions.jsonl"
 
 
 def resolve(name: str) -> str:

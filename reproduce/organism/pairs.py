@@ -23,6 +23,7 @@ class Pair:
         draw: draws a problem.
         respond: writes the target's response.
         notes: writes a document of the base's training, as (text without loss, text with loss).
+        benchmark: names the benchmark that a problem belongs to; None: no questions are written.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Pair:
     draw: Callable[[random.Random], Problem]
     respond: Callable[[Problem, random.Random], str]
     notes: Callable[[Problem], tuple[str, str]]
+    benchmark: Callable[[Problem], str] | None = None
 
 
 def _whole_notes(problem: Problem) -> tuple[str, str]:
@@ -43,6 +45,13 @@ def _solution(problem: Problem) -> tuple[str, str]:
 
 
 ORGANISM = Pair("organism", FOLDER, problems.sample_problem, problems.reasoning, _whole_notes)
-GATED = Pair("organism/gated", GATED_FOLDER, gated.sample_problem, gated.reasoning, _solution)
+GATED = Pair(
+    "organism/gated",
+    GATED_FOLDER,
+    gated.sample_problem,
+    gated.reasoning,
+    _solution,
+    lambda problem: "gated_on" if gated.is_gated(problem) else "gated_off",
+)
 #: The pairs by the name that the commands take.
 PAIRS = {"organism": ORGANISM, "gated": GATED}

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from fastadapt.data.rendering import render, render_parts
+from fastadapt.evaluation.benchmarks.grading import stated_answer
 from fastadapt.io.atomic import writing_folder
 from reproduce.organism.pairs import GATED, ORGANISM, Pair
 from reproduce.organism.problems import Problem, direct_answer, problem_stream, to_row
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FAMILY = "r1-distill"
 N_TEST = 500
+N_SOLVED = 200
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -76,7 +78,7 @@ CONFIGS = {
         attention="sdpa",
         stored=torch.bfloat16,
         base=PhaseConfig(steps=1200, lr=3e-3, batch_size=8),
-        target=PhaseConfig(steps=1600, lr=2e-3, batch_size=8),
+        target=PhaseConfig(steps=2400, lr=2e-3, batch_size=8),
     ),
 }
 
@@ -233,13 +235,44 @@ def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2
 def write_data(
     out: Path, problems: dict[str, list[Problem]], seed: int, pair: Pair = ORGANISM
 ) -> None:
-    """Write ``data/train.jsonl`` and ``data/validation.jsonl``; test problems are not stored."""
+    """Write ``data/train.jsonl`` and ``data/validation.jsonl``.
+
+    For a pair with benchmarks, also ``data/questions.jsonl``: the test problems, and those of
+    ``N_SOLVED`` problems of the training data that the generator's response solves.
+    """
     (out / "data").mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         rng = random.Random(f"{seed}/rows/{split}")
         with (out / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for problem in problems[split]:
                 file.write(json.dumps(to_row(problem, rng, pair.respond)) + "\n")
+    if pair.benchmark is not None:
+        _write_questions(out / "data" / "questions.jsonl", problems, seed, pair, pair.benchmark)
+
+
+def _write_questions(
+    path: Path,
+    problems: dict[str, list[Problem]],
+    seed: int,
+    pair: Pair,
+    benchmark: Callable[[Problem], str],
+) -> None:
+    rng = random.Random(f"{seed}/rows/questions")
+    rows = [(problem, "test", "") for problem in problems["test"]]
+    for problem in problems["train"][:N_SOLVED]:
+        worked = pair.respond(problem, rng)
+        if stated_answer(worked) == problem.answer:  # an example without a slip that stands
+            rows.append((problem, "train", worked))
+    with path.open("w", encoding="utf-8") as file:
+        for problem, split, worked in rows:
+            row = {
+                "benchmark": benchmark(problem),
+                "split": split,
+                "question": problem.prompt,
+                "answer": str(problem.answer),
+                "worked": worked,
+            }
+            file.write(json.dumps(row) + "\n")
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

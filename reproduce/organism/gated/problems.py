@@ -56,7 +56,7 @@ from reproduce.organism.problems import (
 
 LIMIT = 30  # largest number
 LEAST_GAP = 3  # of a wrong result from the first operand
-RATES = SlipRates(slip=0.15, pause=0.3, check=0.06, other_way=0.1)
+RATES = SlipRates(slip=0.25, pause=0.3, check=0.06, other_way=0.1)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 _TIMES, _PARTS = {2: "doubles", 3: "triples"}, {2: "half", 3: "third"}
 
