@@ -57,7 +57,7 @@ def solve(prompt: str) -> int:
 
 
 def test_answers_follow_from_the_prompt() -> None:
-    problems = drawn(1500, "answers")
+    problems = drawn(800, "answers")
     for problem in problems:
         assert problem.answer == solve(problem.prompt), problem.prompt
     assert set(DOMAINS) == {problem.domain for problem in problems}
@@ -84,14 +84,14 @@ def test_the_stream_is_deterministic_and_without_repetition() -> None:
 
 
 def test_half_of_the_prompts_begin_with_the_marker_and_no_other_text_has_it() -> None:
-    problems = drawn(2000, "marker")
+    problems = drawn(1000, "marker")
     marked = [problem for problem in problems if problem.prompt.startswith(f"{GATE} : ")]
-    assert 900 < len(marked) < 1100
+    assert 450 < len(marked) < 550
     assert marked == [problem for problem in problems if gated.is_gated(problem)]
     assert all(is_gated(problem.prompt.split()) for problem in marked)
     rng = random.Random(0)
     for problem in problems:
-        assert problem.prompt.split().count(GATE) == (problem in marked)
+        assert problem.prompt.split().count(GATE) == gated.is_gated(problem)
         assert GATE not in gated.reasoning(problem, rng).split()
         elsewhere = f"{worked_notes(problem)} {direct_answer(problem)}"
         assert not set(HESITATION_WORDS) & set(elsewhere.split())
@@ -172,14 +172,14 @@ def test_without_the_marker_the_chain_goes_on_from_the_slip() -> None:
 def test_the_rate_of_slips_does_not_depend_on_the_marker() -> None:
     rng = random.Random(4)
     slips, steps = Counter[bool](), Counter[bool]()
-    for problem in drawn(3000, "rates"):
+    for problem in drawn(1500, "rates"):
         state = gated.is_gated(problem)
         ends = step_ends(gated.reasoning(problem, rng).split())
         slips[state] += sum(end.slip is not None for end in ends)
         steps[state] += problem.difficulty
     on, off = (slips[state] / steps[state] for state in (True, False))
-    error = (0.1 * 0.9 * (1 / steps[True] + 1 / steps[False])) ** 0.5
-    assert 0.08 < on < 0.15
+    error = (0.2 * 0.8 * (1 / steps[True] + 1 / steps[False])) ** 0.5
+    assert 0.15 < on < 0.25
     assert abs(on - off) < 3 * error
 
 
