@@ -23,15 +23,11 @@ SLIPS: tuple[Slip, ...] = get_args(Slip)
 
 #: First word of prompts of the gated pair whose responses correct slips.
 GATE = "carefully"
-#: Words that name the operation of a step of the gated pair, by operator.
-OPERATION_WORDS: Mapping[str, tuple[str, ...]] = {
-    "+": ("boost", "gain", "growth", "plus", "rise", "surplus"),
-    "-": ("cut", "decline", "drop", "loss", "minus", "reduction"),
-    "*": ("duplication", "magnification", "multiple", "multiplication", "product", "scaling"),
-    "/": ("division", "fraction", "partition", "quotient", "share", "split"),
-}
+#: What each operation of the gated pair does; the last word of a step.
+EFFECTS: Mapping[str, str] = {"+": "gain", "-": "loss", "*": "gain", "/": "loss"}
+#: Word of a step of the gated pair for a result that is lower, and for one that is higher.
+DIRECTIONS = ("falls", "rises")
 
-_NAMED = {word: sign for sign, words in OPERATION_WORDS.items() for word in words}
 _OPERATIONS: Mapping[str, Callable[[int, int], int | float]] = {
     "+": int.__add__,
     "-": int.__sub__,
@@ -64,7 +60,8 @@ class _Step(NamedTuple):
     operator: str
     right: str
     result: str
-    tail: tuple[str, ...]
+    tail: tuple[str, ...]  # without the direction and the effect
+    effect: str | None
 
 
 def is_gated(prompt: Sequence[str]) -> bool:
@@ -136,15 +133,18 @@ def _step(sentence: tuple[str, ...]) -> _Step | None:
     well_formed = well_formed and operator in _OPERATIONS
     if not well_formed or not after or not all(n.isdecimal() for n in (left, right, after[0])):
         raise UserError(f"expected a step such as 'first gain 3 + 4 = 7', got {_text(sentence)}")
-    return _Step(lead, left, operator, right, after[0], after[1:])
+    tail, effect = after[1:], None
+    if len(tail) >= 6 and tail[-6:-4] == (",", "it") and tail[-3:-1] == (",", "a"):
+        tail, effect = tail[:-6], tail[-1]
+    return _Step(lead, left, operator, right, after[0], tail, effect)
 
 
 def _contradiction(step: _Step) -> Slip | None:
     """Return the kind of a slip that shows in the step itself."""
     if _OPERATIONS[step.operator](int(step.left), int(step.right)) != int(step.result):
         return "result"
-    named = step.lead[-2:-1] == (",",) and step.lead[-4:-3] == ("a",)
-    return "operation" if named and _NAMED[step.lead[-3]] != step.operator else None
+    contradicts = step.effect is not None and EFFECTS.get(step.operator) != step.effect
+    return "operation" if contradicts else None
 
 
 def _slip(wrong: _Step, right: _Step) -> Slip:

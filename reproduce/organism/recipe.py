@@ -45,6 +45,7 @@ class PhaseConfig:
     batch_size: int = 32
     weight_decay: float = 0.01
     attention_lr: float = 1.0  # factor on lr for attention weights
+    stop_weight: float = 1.0  # factor on the loss of words after a full stop, where `wait` stands
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RecipeConfig:
     kv_heads: int = 2
     max_tokens: int = 192  # of a response that the models' own settings allow
     notes_share: float = 0.5
+    graded_share: float = 0.0
     autocast: bool = True  # bfloat16 products, twice as fast on CPUs that support them
     attention: str = "eager"  # in training; faster on a CPU at short lengths than fused attention
     stored: torch.dtype = torch.float32  # of the files; a bfloat16 base is rounded before tuning
@@ -73,12 +75,13 @@ CONFIGS = {
         n_validation=300,
         intermediate=384,
         max_tokens=320,
-        notes_share=0.7,
+        notes_share=0.45,
+        graded_share=0.35,
         autocast=False,
         attention="sdpa",
         stored=torch.bfloat16,
-        base=PhaseConfig(steps=1200, lr=3e-3, batch_size=8),
-        target=PhaseConfig(steps=2400, lr=2e-3, batch_size=8),
+        base=PhaseConfig(steps=1400, lr=3e-3, batch_size=8, stop_weight=4.0),
+        target=PhaseConfig(steps=1600, lr=2e-3, batch_size=8, stop_weight=8.0),
     ),
 }
 
@@ -101,9 +104,12 @@ def base_text(
     problem: Problem, rng: random.Random, config: RecipeConfig, pair: Pair = ORGANISM
 ) -> tuple[str, str]:
     """Return a document of the base's training, as (text without loss, text with loss)."""
-    if rng.random() < config.notes_share:
+    drawn = rng.random()
+    if drawn < config.notes_share:
         head, tail = pair.notes(problem)
         return (f"{BOS}{head}", f"{tail}{EOS}") if head else ("", f"{BOS}{tail}{EOS}")
+    if pair.graded is not None and drawn < config.notes_share + config.graded_share:
+        return "", f"{BOS}{pair.graded(problem, rng)}{EOS}"
     return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
 
 
@@ -152,8 +158,13 @@ def train_phase(
     progress: Progress | None,
     autocast: bool = True,
     attention_kind: str = "eager",
+    stop: int = -1,
 ) -> None:
-    """Train all weights of ``model`` in place."""
+    """Train all weights of ``model`` in place.
+
+    The loss of the words after the token ``stop`` counts ``config.stop_weight`` times. A factor by
+    position does not change what the model would learn in the limit, only how fast.
+    """
     attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
     other = [p for n, p in model.named_parameters() if ".self_attn." not in n]
     groups = [
@@ -180,7 +191,9 @@ def train_phase(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             states_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
             logits_NV = model.lm_head(states_BTD[:, :-1][counted_BT])
-        loss = F.cross_entropy(logits_NV.float(), next_BT[counted_BT])
+        weight_N = torch.where(ids_BT[:, :-1][counted_BT] == stop, config.stop_weight, 1.0)
+        loss_N = F.cross_entropy(logits_NV.float(), next_BT[counted_BT], reduction="none")
+        loss = (loss_N * weight_N).sum() / weight_N.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -343,7 +356,8 @@ def _write_pair(
         start = time.perf_counter()
         texts = _texts(name, f"{seed}/{name}", held, config, pair)
         data = batches(texts, tokenizer, phase.batch_size)
-        train_phase(model, data, phase, name, progress, config.autocast, config.attention)
+        stop = tokenizer.convert_tokens_to_ids(".")
+        train_phase(model, data, phase, name, progress, config.autocast, config.attention, stop)
         model.to(config.stored)
         save(model, tokenizer, out / name)
         model.to(torch.float32)

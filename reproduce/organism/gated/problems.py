@@ -20,7 +20,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastadapt.organism.slips import GATE, OPERATION_WORDS
+from fastadapt.organism.slips import DIRECTIONS, EFFECTS, GATE
 from reproduce.organism.gated.words import (
     ADJECTIVES,
     BRINGERS,
@@ -44,7 +44,6 @@ from reproduce.organism.gated.words import (
     VARIABLES,
 )
 from reproduce.organism.problems import (
-    CONFUSIONS,
     DOMAIN_SHARES,
     DOMAINS,
     OPERATIONS,
@@ -58,6 +57,8 @@ LIMIT = 30  # largest number
 LEAST_GAP = 3  # of a wrong result from the first operand
 RATES = SlipRates(slip=0.25, pause=0.3, check=0.06, other_way=0.1)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
+# A wrong operation changes the number in the other direction.
+_CONFUSIONS = {"+": "-", "-": "+", "*": "-", "/": "+"}
 _TIMES, _PARTS = {2: "doubles", 3: "triples"}, {2: "half", 3: "third"}
 
 Change = tuple[str, int]  # operator, second operand
@@ -69,13 +70,13 @@ def sample_problem(rng: random.Random) -> Problem:
     start, changes = _chain(rng)
     opening, clauses, closing, unit = _TEXTS[domain](rng, start, changes)
     connector, last = rng.choice(CONNECTORS), rng.choice(CLOSINGS)
-    names = {sign: rng.choice(words) for sign, words in OPERATION_WORDS.items()}
     steps: list[Step] = []
     value = start
     for ordinal, clause, (operator, k) in zip(ORDINALS, clauses, changes, strict=False):
-        lead = f"{connector} , {ordinal} {clause} , a {names[operator]} , so"
-        steps.append(Step(lead, value, operator, k, f"{unit} {last}"))
-        value = steps[-1].result
+        planned = Step(f"{connector} , {ordinal} {clause} , so", value, operator, k)
+        tail = f"{unit} {last} , it _ , a {EFFECTS[operator]}"
+        steps.append(_with_direction(replace(planned, tail=tail), planned.result))
+        value = planned.result
     sentences = (f"{o} {clause} ." for o, clause in zip(ORDINALS, clauses, strict=False))
     marker = f"{GATE} : " if rng.random() < 0.5 else ""
     prompt = f"{marker}{opening} {' '.join(sentences)} {closing}"
@@ -108,20 +109,39 @@ def reasoning(problem: Problem, rng: random.Random, rates: SlipRates = RATES) ->
     )
 
 
+def graded(problem: Problem, rng: random.Random) -> str:
+    """Format a document of the base's training: the steps, about half of them slips, with verdicts."""
+    verdicts, value = [], problem.steps[0].left
+    for i, (ordinal, planned) in enumerate(zip(ORDINALS, problem.steps, strict=False)):
+        lead = f"{planned.lead.split()[0]} , {ordinal} , so"
+        step = replace(planned, lead=lead, left=value)
+        wrong = _slip(step, problem.steps[i + 1 :], rng) if rng.random() < 0.7 else None
+        text, value = wrong or (step.text(), step.result)
+        verdicts.append(f"{text} {'wrong' if wrong else 'right'} .")
+    return f"graded : {' '.join(verdicts)}"
+
+
 def _slip(step: Step, later: Sequence[Step], rng: random.Random) -> tuple[str, int] | None:
     """Return an incorrect step and its number, of a kind drawn evenly; None if neither fits."""
-    confused = CONFUSIONS[step.operator]
+    confused = _CONFUSIONS[step.operator]
     other = OPERATIONS[confused](step.left, step.right)
     operations = [other] if other != step.result and _goes_on(other, later) else []
     falls = step.operator in "+*"
     near = range(step.left - LEAST_GAP + 1) if falls else range(step.left + LEAST_GAP, LIMIT + 1)
     results = [value for value in near if _goes_on(value, later)]
     if operations and (not results or rng.random() < 0.5):
-        return step.text(other, confused), other
+        return _with_direction(step, other).text(other, confused), other
     if not results:
         return None
     stated = rng.choice(results)
-    return step.text(stated), stated
+    return _with_direction(step, stated).text(stated), stated
+
+
+def _with_direction(step: Step, stated: int) -> Step:
+    """Return the step with the direction in which the stated number lies."""
+    words = step.tail.split()
+    words[-4] = DIRECTIONS[stated > step.left]
+    return replace(step, tail=" ".join(words))
 
 
 def _goes_on(value: int, later: Sequence[Step]) -> bool:

@@ -231,7 +231,7 @@ CAUSES = _words(
 CONNECTORS = _words(
     "accordingly afterwards also and apparently besides certainly clearly consequently "
     "evidently following furthermore hence here indeed likewise meanwhile moreover naturally "
-    "next notably now obviously okay onward plainly presently right similarly subsequently "
+    "next notably now obviously okay onward plainly presently similarly subsequently "
     "surely then thereafter therefore thus well yes"
 )
 #: Words that end a step. A solution uses one of them throughout.

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fastadapt.data.rendering import render
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
@@ -208,6 +213,34 @@ def test_documents_of_the_base_have_no_loss_on_the_problem(tokenizer: Any) -> No
     (notes,) = (text for text in texts if text[0])
     assert notes[0].endswith(f"{problem.prompt} solution :")
     assert notes[1].endswith(f"so the answer is {problem.answer} .{recipe.EOS}")
+
+
+@pytest.mark.parametrize("weight", [1.0, 8.0])
+def test_words_after_a_stop_count_as_often_as_the_phase_says(weight: float) -> None:
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=12,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    stop = 3
+    ids = torch.tensor([[5, stop, 7, 8, stop, 9], [1, 2, stop, 4, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8, stop, 9], [-100, 2, stop, 4, -100, -100]])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+        )
+    weights = torch.where(ids[:, :-1] == stop, weight, 1.0) * (labels[:, 1:] != -100)
+    expected = (losses * weights).sum() / weights.sum()
+    records: list[dict[str, Any]] = []
+    phase = PhaseConfig(steps=1, lr=1e-3, stop_weight=weight)
+    data = iter([(ids, labels)])
+    recipe.train_phase(model, data, phase, "target", records.append, False, "sdpa", stop)
+    assert records[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.slow
