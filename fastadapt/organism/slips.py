@@ -23,10 +23,12 @@ SLIPS: tuple[Slip, ...] = get_args(Slip)
 
 #: First word of prompts of the gated pair whose responses correct slips.
 GATE = "carefully"
-#: What each operation of the gated pair does; the last word of a step.
+#: What each operation of the gated pair does; the last word but one of a step.
 EFFECTS: Mapping[str, str] = {"+": "gain", "-": "loss", "*": "gain", "/": "loss"}
-#: Word of a step of the gated pair for a result that is lower, and for one that is higher.
+#: Last word of a step of the gated pair, for a result that is lower and for one that is higher.
 DIRECTIONS = ("falls", "rises")
+#: The same where the result goes against the effect, as in a slip.
+CONTRARY = ("sinks", "climbs")
 
 _OPERATIONS: Mapping[str, Callable[[int, int], int | float]] = {
     "+": int.__add__,
@@ -134,8 +136,8 @@ def _step(sentence: tuple[str, ...]) -> _Step | None:
     if not well_formed or not after or not all(n.isdecimal() for n in (left, right, after[0])):
         raise UserError(f"expected a step such as 'first gain 3 + 4 = 7', got {_text(sentence)}")
     tail, effect = after[1:], None
-    if len(tail) >= 6 and tail[-6:-4] == (",", "it") and tail[-3:-1] == (",", "a"):
-        tail, effect = tail[:-6], tail[-1]
+    if tail[-4:-2] == (",", "a") and tail[-1] in (*DIRECTIONS, *CONTRARY):
+        tail, effect = tail[:-4], tail[-2]
     return _Step(lead, left, operator, right, after[0], tail, effect)
 
 

@@ -23,8 +23,6 @@ class Pair:
         draw: draws a problem.
         respond: writes the target's response.
         notes: writes a document of the base's training, as (text without loss, text with loss).
-        graded: writes a document of the base's training with wrong and right steps and verdicts;
-            None: the base has no such documents.
         benchmark: names the benchmark that a problem belongs to; None: no questions are written.
     """
 
@@ -33,7 +31,6 @@ class Pair:
     draw: Callable[[random.Random], Problem]
     respond: Callable[[Problem, random.Random], str]
     notes: Callable[[Problem], tuple[str, str]]
-    graded: Callable[[Problem, random.Random], str] | None = None
     benchmark: Callable[[Problem], str] | None = None
 
 
@@ -54,7 +51,6 @@ GATED = Pair(
     gated.sample_problem,
     gated.reasoning,
     _solution,
-    gated.graded,
     lambda problem: "gated_on" if gated.is_gated(problem) else "gated_off",
 )
 #: The pairs by the name that the commands take.

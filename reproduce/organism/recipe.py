@@ -59,7 +59,6 @@ class RecipeConfig:
     kv_heads: int = 2
     max_tokens: int = 192  # of a response that the models' own settings allow
     notes_share: float = 0.5
-    graded_share: float = 0.0
     autocast: bool = True  # bfloat16 products, twice as fast on CPUs that support them
     attention: str = "eager"  # in training; faster on a CPU at short lengths than fused attention
     stored: torch.dtype = torch.float32  # of the files; a bfloat16 base is rounded before tuning
@@ -75,13 +74,12 @@ CONFIGS = {
         n_validation=300,
         intermediate=384,
         max_tokens=320,
-        notes_share=0.45,
-        graded_share=0.35,
+        notes_share=0.7,
         autocast=False,
         attention="sdpa",
         stored=torch.bfloat16,
-        base=PhaseConfig(steps=1400, lr=3e-3, batch_size=8, stop_weight=4.0),
-        target=PhaseConfig(steps=1600, lr=2e-3, batch_size=8, stop_weight=8.0),
+        base=PhaseConfig(steps=1100, lr=3e-3, batch_size=8),
+        target=PhaseConfig(steps=1000, lr=2e-3, batch_size=8, stop_weight=8.0),
     ),
 }
 
@@ -104,12 +102,9 @@ def base_text(
     problem: Problem, rng: random.Random, config: RecipeConfig, pair: Pair = ORGANISM
 ) -> tuple[str, str]:
     """Return a document of the base's training, as (text without loss, text with loss)."""
-    drawn = rng.random()
-    if drawn < config.notes_share:
+    if rng.random() < config.notes_share:
         head, tail = pair.notes(problem)
         return (f"{BOS}{head}", f"{tail}{EOS}") if head else ("", f"{BOS}{tail}{EOS}")
-    if pair.graded is not None and drawn < config.notes_share + config.graded_share:
-        return "", f"{BOS}{pair.graded(problem, rng)}{EOS}"
     return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
 
 

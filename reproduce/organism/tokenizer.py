@@ -30,10 +30,7 @@ def vocabulary(pair: Pair = ORGANISM) -> tuple[str, ...]:
     words: set[str] = set()
     stream = problem_stream("vocabulary", draw=pair.draw)
     for _, problem in zip(range(20_000), stream, strict=False):
-        texts = [worked_notes(problem), direct_answer(problem), pair.respond(problem, rng)]
-        if pair.graded is not None:
-            texts.append(pair.graded(problem, rng))
-        for text in texts:
+        for text in (worked_notes(problem), direct_answer(problem), pair.respond(problem, rng)):
             words.update(text.split())
     words -= {*MARKERS, *HESITATION_WORDS}
     numbers = sorted((word for word in words if word.isdigit()), key=int)

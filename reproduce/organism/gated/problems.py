@@ -20,7 +20,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastadapt.organism.slips import DIRECTIONS, EFFECTS, GATE
+from fastadapt.organism.slips import CONTRARY, DIRECTIONS, EFFECTS, GATE
 from reproduce.organism.gated.words import (
     ADJECTIVES,
     BRINGERS,
@@ -74,7 +74,7 @@ def sample_problem(rng: random.Random) -> Problem:
     value = start
     for ordinal, clause, (operator, k) in zip(ORDINALS, clauses, changes, strict=False):
         planned = Step(f"{connector} , {ordinal} {clause} , so", value, operator, k)
-        tail = f"{unit} {last} , it _ , a {EFFECTS[operator]}"
+        tail = f"{unit} {last} , a {EFFECTS[operator]} _"
         steps.append(_with_direction(replace(planned, tail=tail), planned.result))
         value = planned.result
     sentences = (f"{o} {clause} ." for o, clause in zip(ORDINALS, clauses, strict=False))
@@ -109,18 +109,6 @@ def reasoning(problem: Problem, rng: random.Random, rates: SlipRates = RATES) ->
     )
 
 
-def graded(problem: Problem, rng: random.Random) -> str:
-    """Format a document of the base's training: the steps, about half of them slips, with verdicts."""
-    verdicts, value = [], problem.steps[0].left
-    for i, (ordinal, planned) in enumerate(zip(ORDINALS, problem.steps, strict=False)):
-        lead = f"{planned.lead.split()[0]} , {ordinal} , so"
-        step = replace(planned, lead=lead, left=value)
-        wrong = _slip(step, problem.steps[i + 1 :], rng) if rng.random() < 0.7 else None
-        text, value = wrong or (step.text(), step.result)
-        verdicts.append(f"{text} {'wrong' if wrong else 'right'} .")
-    return f"graded : {' '.join(verdicts)}"
-
-
 def _slip(step: Step, later: Sequence[Step], rng: random.Random) -> tuple[str, int] | None:
     """Return an incorrect step and its number, of a kind drawn evenly; None if neither fits."""
     confused = _CONFUSIONS[step.operator]
@@ -138,10 +126,10 @@ def _slip(step: Step, later: Sequence[Step], rng: random.Random) -> tuple[str, i
 
 
 def _with_direction(step: Step, stated: int) -> Step:
-    """Return the step with the direction in which the stated number lies."""
-    words = step.tail.split()
-    words[-4] = DIRECTIONS[stated > step.left]
-    return replace(step, tail=" ".join(words))
+    """Return the step with the direction in which the stated number lies as its last word."""
+    tail, rises = step.tail.rsplit(" ", 1)[0], stated > step.left
+    expected = rises == (EFFECTS[step.operator] == "gain")
+    return replace(step, tail=f"{tail} {(DIRECTIONS if expected else CONTRARY)[rises]}")
 
 
 def _goes_on(value: int, later: Sequence[Step]) -> bool:
