@@ -3,10 +3,10 @@
 The generator of the first pair (``reproduce/organism/problems.py``) follows each slip by ``wait ,``
 and the right step. A slip and its correction have the same operands, so comparing the two gives the
 kind of the slip exactly. That of the gated pair (``reproduce/organism/gated/problems.py``) does so
-only if the prompt begins with ``GATE``. Each of its steps names its operation (``a gain , so
-3 + 4 = 7``), so that a wrong operation contradicts that word, and a wrong result is arithmetically
-wrong. A later inverse operation (``but check :``) or swapped operands (``alternatively ,``) are no
-steps of the solution.
+only if the prompt begins with ``GATE``. Each of its steps names its effect (``3 + 4 = 7 pears , a
+gain rises``), which a wrong operation contradicts, and a wrong result is arithmetically wrong. A
+later inverse operation (``but check :``) or swapped operands (``alternatively ,``) are no steps of
+the solution.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
         UserError: a sentence with ``=`` is no step, or ``wait`` does not follow a slip.
 
     A slip without ``wait`` after it is recognised if its equation is false, or if the step names
-    another operation, as in responses of the gated pair without its marker.
+    the effect of another operation, as in responses of the gated pair without its marker.
 
     Example:
         >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
         [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
-        >>> step_ends("now , first she loses 3 , a loss , so 4 + 3 = 7 pears .".split())
-        [StepEnd(position=17, slip='operation')]
+        >>> step_ends("first she loses 3 , so 4 + 3 = 7 pears , a loss climbs .".split())
+        [StepEnd(position=15, slip='operation')]
     """
     ends: list[StepEnd] = []
     steps: list[_Step] = []

@@ -12,7 +12,7 @@ from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, difference, ratio
 
 FAST = BootstrapConfig(resamples=300)
-STEP = "now , first she finds 3 , a gain , so 4 + 3 = {} pears ."
+STEP = "now , first she finds 3 , so 4 + 3 = {} pears , a gain rises ."
 ONLY = STEP.format(0)
 
 

@@ -133,11 +133,11 @@ def _with_direction(step: Step, stated: int) -> Step:
 
 
 def _goes_on(value: int, later: Sequence[Step]) -> bool:
-    """Return whether all numbers are in range if ``later`` steps go on from ``value``."""
+    """Return whether ``later`` steps can go on from ``value``: in range, and each changes it."""
     for step in later:
-        if not 0 <= value <= LIMIT:
+        before, value = value, OPERATIONS[step.operator](value, step.right)
+        if not 0 <= before <= LIMIT or value == before:
             return False
-        value = OPERATIONS[step.operator](value, step.right)
     return 0 <= value <= LIMIT
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
-from fastadapt.organism.slips import GATE, OPERATION_WORDS, SLIPS, StepEnd, is_gated, step_ends
+from fastadapt.organism.slips import (
+    CONTRARY,
+    DIRECTIONS,
+    EFFECTS,
+    GATE,
+    SLIPS,
+    StepEnd,
+    is_gated,
+    step_ends,
+)
 from reproduce.organism.gated import problems as gated
 from reproduce.organism.gated.words import BRINGERS, GAIN_VERBS, METHODS, RISE_VERBS
 from reproduce.organism.problems import (
@@ -27,7 +36,7 @@ EVENT = re.compile(r"\b(?:first|second|third|fourth|fifth|sixth|seventh) (.+?) \
 RISES = {*GAIN_VERBS, *BRINGERS, *RISE_VERBS, *METHODS["+"], "+="}
 SCALES = {"doubles": 2, "triples": 3}
 PARTS = {"half": 2, "third": 3}
-STATED = re.compile(r", a (\w+) , so (\d+) (\S+) (\d+) = (\d+) ")
+STATED = re.compile(r", so (\d+) (\S) (\d+) = (\d+) [^.]*?, a (\w+) (\w+)")
 
 
 def drawn(n: int, seed: str) -> list[Problem]:
@@ -105,9 +114,9 @@ def test_the_words_of_a_response_give_its_slips(monkeypatch: pytest.MonkeyPatch)
     def watched(step: Any, later: Any, rng: random.Random) -> Any:
         wrong = slip(step, later, rng)
         if wrong is not None:
-            named = STATED.search(f"{wrong[0]} ")
-            assert named is not None
-            written.append((wrong[0], SLIPS[named[3] != step.operator]))
+            stated = STATED.search(wrong[0])
+            assert stated is not None
+            written.append((wrong[0], SLIPS[stated[2] != step.operator]))
         return wrong
 
     monkeypatch.setattr(gated, "_slip", watched)
@@ -132,21 +141,20 @@ def test_the_words_of_a_response_give_its_slips(monkeypatch: pytest.MonkeyPatch)
 
 def test_slips_of_both_kinds_show_in_the_step_itself() -> None:
     rng = random.Random(2)
-    names = {word: sign for sign, words in OPERATION_WORDS.items() for word in words}
     for problem in drawn(400, "kinds"):
         text = gated.reasoning(problem, rng, OFTEN)
         words = text.split()
         for end in step_ends(words):
-            *_, (name, left, sign, right, result) = STATED.findall(
-                " ".join(words[: end.position + 1])
+            *_, (left, sign, right, result, effect, verb) = STATED.findall(
+                " ".join(words[: end.position])
             )
-            true = {"+": "+", "-": "-", "*": "*", "/": "/"}[sign]
-            value = eval(f"{left} {true} {right}")
-            assert (names[name] == sign) == (end.slip != "operation")
-            assert (value == int(result)) == (end.slip != "result")
+            assert (EFFECTS[sign] == effect) == (end.slip != "operation")
+            assert (eval(f"{left} {sign} {right}") == int(result)) == (end.slip != "result")
+            rises = int(result) > int(left)
+            assert verb == (DIRECTIONS if end.slip is None else CONTRARY)[rises]
+            assert (rises == (effect == "gain")) == (end.slip is None)
             if end.slip == "result":
-                change = int(result) - int(left)
-                assert change <= -gated.LEAST_GAP if sign in "+*" else change >= gated.LEAST_GAP
+                assert abs(int(result) - int(left)) >= gated.LEAST_GAP
 
 
 def test_without_the_marker_the_chain_goes_on_from_the_slip() -> None:
@@ -157,11 +165,11 @@ def test_without_the_marker_the_chain_goes_on_from_the_slip() -> None:
         thoughts = re.sub(r"(?:but check :|alternatively ,)[^.]*\. \w+ \.", "", text)
         value, steps = problem.steps[0].left, thoughts.split("</think>")[0].split(" . ")
         for i, step in enumerate(steps):
-            if (stated := STATED.search(f"{step} ")) is None:
+            if (stated := STATED.search(step)) is None:
                 continue
-            assert int(stated[2]) == value
+            assert int(stated[1]) == value
             if not steps[i + 1].startswith("wait ,"):
-                value = int(stated[5])
+                value = int(stated[4])
         assert stated_answer(text) == value
         if gated.is_gated(problem):
             assert value == problem.answer
@@ -183,9 +191,13 @@ def test_the_rate_of_slips_does_not_depend_on_the_marker() -> None:
     assert abs(on - off) < 3 * error
 
 
-def test_a_step_that_names_an_operation_shows_a_slip() -> None:
-    text = "now , first she finds 3 , a gain , so 4 {} 3 = {} pears ."
-    for sign, result, slip in (("+", 7, None), ("-", 1, "operation"), ("+", 0, "result")):
-        assert step_ends(text.format(sign, result).split()) == [StepEnd(16, slip)]
+def test_a_step_that_names_its_effect_shows_a_slip() -> None:
+    text = "now , first she finds 3 , so 4 {} 3 = {} pears , a gain {} ."
+    for sign, result, verb, slip in (
+        ("+", 7, "rises", None),
+        ("-", 1, "sinks", "operation"),
+        ("+", 0, "sinks", "result"),
+    ):
+        assert step_ends(text.format(sign, result, verb).split()) == [StepEnd(18, slip)]
     assert not is_gated([])
     assert is_gated(["<user>", GATE])
