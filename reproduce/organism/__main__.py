@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="compare a pair's measurements with the acceptance bounds"
     )
     check.add_argument("--folder", type=Path, help="folder of a pair; default: the shipped pair")
+    check.add_argument("--n", type=int, default=500, help="number of test problems, at most 500")
     sample = commands.add_parser("sample", help="print problems and a model's answers")
     sample.add_argument(
         "--model",
@@ -72,12 +73,15 @@ def _build(options: Any) -> int:
 def _check(options: Any) -> int:
     from reproduce.organism.acceptance import BOUNDS_OF, check
     from reproduce.organism.pairs import PAIRS
+    from reproduce.organism.recipe import N_TEST
 
+    if not 1 <= options.n <= N_TEST:
+        raise UserError(f"--n: expected 1 to {N_TEST}, got {options.n}")
     pair = PAIRS[options.pair]
     folder, bounds = options.folder or pair.folder, BOUNDS_OF[pair.name]
     if not (folder / "target").is_dir() or not (folder / "base").is_dir():
         raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
-    measured = check(folder, pair)
+    measured = check(folder, pair, n_problems=options.n)
     failed = measured.pop("failed")
     rows = [
         [name, _short(value), _bounds(*bounds.get(name, (None, None))), "*" * (name in failed)]

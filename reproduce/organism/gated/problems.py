@@ -180,14 +180,14 @@ def _story(rng: random.Random, start: int, changes: Sequence[Change]) -> Texts:
     )
 
     def clause(operator: str, k: int) -> str:
-        own = rng.random() < 0.7
+        is_hero = rng.random() < 0.7
         if operator == "+":
-            verb = rng.choice(GAIN_VERBS if own else BRINGERS)
+            verb = rng.choice(GAIN_VERBS if is_hero else BRINGERS)
         elif operator == "-":
-            verb = rng.choice(LOSS_VERBS if own else TAKERS)
+            verb = rng.choice(LOSS_VERBS if is_hero else TAKERS)
         else:
             return f"{pronoun} {_TIMES[k]} them" if operator == "*" else f"one {_PARTS[k]} remains"
-        return f"{pronoun if own else friend} {verb} {k}"
+        return f"{pronoun if is_hero else friend} {verb} {k}"
 
     closing = rng.choice((f"how many {thing} are left ?", f"count the {thing} of {name} ."))
     return opening, [clause(*change) for change in changes], closing, thing

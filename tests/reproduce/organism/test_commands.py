@@ -20,7 +20,8 @@ def test_check_prints_every_bound_and_fails_on_a_missed_one(
     measured: dict[str, Any] = {
         name: 50.0 if low else 0.25 for name, (low, _) in acceptance.BOUNDS.items()
     }
-    monkeypatch.setattr(acceptance, "check", lambda *_: {**measured, "by.math": 1.5, "failed": []})
+    passed = {**measured, "by.math": 1.5, "failed": []}
+    monkeypatch.setattr(acceptance, "check", lambda *_, **__: passed)
     assert main(["check"]) == 0
     out = capsys.readouterr().out
     for name, (low, high) in acceptance.BOUNDS.items():
@@ -28,7 +29,7 @@ def test_check_prints_every_bound_and_fails_on_a_missed_one(
         assert re.search(rf"{name} .*{bound}", out)
     assert re.search(r"by\.math .*1\.5", out)
     name = next(iter(acceptance.BOUNDS))
-    monkeypatch.setattr(acceptance, "check", lambda *_: {**measured, "failed": [name]})
+    monkeypatch.setattr(acceptance, "check", lambda *_, **__: {**measured, "failed": [name]})
     with pytest.raises(RunError, match=f"misses acceptance bounds: {name}"):
         main(["check"])
 
