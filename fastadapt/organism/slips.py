@@ -12,7 +12,7 @@ the solution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from fastadapt.errors import UserError
@@ -63,7 +63,7 @@ class _Step(NamedTuple):
     right: str
     result: str
     tail: tuple[str, ...]  # without the direction and the effect
-    effect: str | None
+    effect: str  # empty for a step that names none
 
 
 def is_gated(prompt: Sequence[str]) -> bool:
@@ -95,7 +95,7 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
         >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
         [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
         >>> step_ends("first she loses 3 , so 4 + 3 = 7 pears , a loss climbs .".split())
-        [StepEnd(position=15, slip='operation')]
+        [StepEnd(position=16, slip='operation')]
     """
     ends: list[StepEnd] = []
     steps: list[_Step] = []
@@ -135,7 +135,7 @@ def _step(sentence: tuple[str, ...]) -> _Step | None:
     well_formed = well_formed and operator in _OPERATIONS
     if not well_formed or not after or not all(n.isdecimal() for n in (left, right, after[0])):
         raise UserError(f"expected a step such as 'first gain 3 + 4 = 7', got {_text(sentence)}")
-    tail, effect = after[1:], None
+    tail, effect = after[1:], ""
     if tail[-4:-2] == (",", "a") and tail[-1] in (*DIRECTIONS, *CONTRARY):
         tail, effect = tail[:-4], tail[-2]
     return _Step(lead, left, operator, right, after[0], tail, effect)
@@ -145,7 +145,7 @@ def _contradiction(step: _Step) -> Slip | None:
     """Return the kind of a slip that shows in the step itself."""
     if _OPERATIONS[step.operator](int(step.left), int(step.right)) != int(step.result):
         return "result"
-    contradicts = step.effect is not None and EFFECTS.get(step.operator) != step.effect
+    contradicts = step.effect != "" and EFFECTS.get(step.operator) != step.effect
     return "operation" if contradicts else None
 
 
@@ -159,6 +159,6 @@ def _slip(wrong: _Step, right: _Step) -> Slip:
     return "result" if wrong.operator == right.operator else "operation"
 
 
-def _text(words: Sequence[str | tuple[str, ...]]) -> str:
+def _text(words: Iterable[str | tuple[str, ...]]) -> str:
     flat = [w for word in words for w in (word if isinstance(word, tuple) else (word,))]
-    return repr(" ".join(flat))[:80]
+    return repr(" ".join(flat).strip())[:80]

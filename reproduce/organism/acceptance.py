@@ -51,7 +51,10 @@ GATED_BOUNDS = {
     "hybrid_top1_error_percent": (10.0, None),
     **_NOTICED,
 }
-BOUNDS_OF = {ORGANISM.name: BOUNDS, GATED.name: GATED_BOUNDS}
+BOUNDS_OF: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    ORGANISM.name: {**BOUNDS},
+    GATED.name: {**GATED_BOUNDS},
+}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastadapt.data.rendering import render, render_parts
@@ -351,11 +352,11 @@ def _write_pair(
         start = time.perf_counter()
         texts = _texts(name, f"{seed}/{name}", held, config, pair)
         data = batches(texts, tokenizer, phase.batch_size)
-        stop = tokenizer.convert_tokens_to_ids(".")
+        stop = tokenizer.get_vocab()["."]
         train_phase(model, data, phase, name, progress, config.autocast, config.attention, stop)
-        model.to(config.stored)
+        nn.Module.to(model, config.stored)
         save(model, tokenizer, out / name)
-        model.to(torch.float32)
+        nn.Module.to(model, torch.float32)
         times[f"{name}_s"] = time.perf_counter() - start
     return times
 

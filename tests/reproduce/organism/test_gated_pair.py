@@ -89,7 +89,8 @@ def test_every_slip_of_the_data_is_labelled(rows: dict[str, list[dict[str, Any]]
             assert not set(HESITATION_WORDS) & set(prompt)
             assert stated_answer(" ".join(words)) is not None
             for end in slips:
-                counts[gate, str(end.slip)] += 1
+                assert end.slip is not None
+                counts[gate, end.slip] += 1
         assert min(counts.values()) > size / 10
 
 

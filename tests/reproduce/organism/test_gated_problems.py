@@ -16,6 +16,7 @@ from fastadapt.organism.slips import (
     EFFECTS,
     GATE,
     SLIPS,
+    Slip,
     StepEnd,
     is_gated,
     step_ends,
@@ -193,11 +194,12 @@ def test_the_rate_of_slips_does_not_depend_on_the_marker() -> None:
 
 def test_a_step_that_names_its_effect_shows_a_slip() -> None:
     text = "now , first she finds 3 , so 4 {} 3 = {} pears , a gain {} ."
-    for sign, result, verb, slip in (
+    steps: list[tuple[str, int, str, Slip | None]] = [
         ("+", 7, "rises", None),
         ("-", 1, "sinks", "operation"),
         ("+", 0, "sinks", "result"),
-    ):
+    ]
+    for sign, result, verb, slip in steps:
         assert step_ends(text.format(sign, result, verb).split()) == [StepEnd(18, slip)]
     assert not is_gated([])
     assert is_gated(["<user>", GATE])
