@@ -23,6 +23,7 @@ from fastadapt.data.tokens import check_ids
 from fastadapt.effects.arms import Arm, arms_of
 from fastadapt.effects.requests import RUN
 from fastadapt.errors import UserError
+from fastadapt.evaluation.contrast.gating import gate_effects
 from fastadapt.evaluation.contrast.measure import ENTROPY, Quantity, Reader, log_odds_of, read
 from fastadapt.evaluation.contrast.places import (
     Place,
@@ -35,7 +36,7 @@ from fastadapt.evaluation.contrast.places import (
 )
 from fastadapt.evaluation.contrast.report import contrast_figures, contrast_tables
 from fastadapt.evaluation.contrast.result import SCHEMA_VERSION, ContrastFile, Source
-from fastadapt.evaluation.contrast.summary import ALL, Contrast, kinds_of, summarise
+from fastadapt.evaluation.contrast.summary import Contrast, groups_of, kinds_of, summarise
 from fastadapt.evaluation.difference.texts import held_out_texts
 from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.folder import LOCK, present
@@ -345,7 +346,7 @@ def _describe(
         "texts": len(texts),
         "texts_with_places": int((counts > 0).sum()),
         "labelled": {
-            kind: sum(kind in (ALL, place.kind) for place in places) for kind in kinds_of(places)
+            kind: sum(kind in groups_of(place) for place in places) for kind in kinds_of(places)
         },
         "matched": sum(len(place.matched) for place in places),
         "same_text": labelled.same_text,
@@ -369,6 +370,7 @@ def _models(
     contrasts = {name: Contrast.of_draws(draws, rows) for name, draws in odds.items()}
     references = {arm.name: arm.reference for arm in arms if arm.reference is not None}
     summary = summarise(contrasts, references, labelled.places, rows, n_texts, words, statistics)
+    gated = gate_effects(contrasts, references, labelled.places, rows, n_texts, statistics)
     listed = []
     for arm in arms:
         drawn = odds[arm.name][:, rows.labelled, 0].sigmoid().mean(1).tolist()
@@ -383,6 +385,7 @@ def _models(
                 "reference": arm.reference,
                 "draws": drawn if arm.random else [],
                 **summary[arm.name],
+                **({"gate": gated[arm.name]} if gated else {}),
             }
         )
     return listed

@@ -194,6 +194,23 @@ def recovered(
     return ratio(scores - floor, gains, config=config)
 
 
+def difference(a: Intervals, b: Intervals) -> Intervals:
+    """Return the interval of ``a - b`` of two samples without a common unit.
+
+    The method is MOVER (Zou and Donner 2008): each end lies as far from the estimate as the
+    distances of the two nearer ends, added as squares.
+
+    Example:
+        >>> ends = (Intervals(*map(torch.tensor, x)) for x in ((0.5, 0.2, 0.9), (0.1, 0.0, 0.4)))
+        >>> [round(end.item(), 3) for end in difference(*ends)]
+        [0.4, -0.024, 0.812]
+    """
+    low = ((a.mean - a.low) ** 2 + (b.high - b.mean) ** 2).sqrt()
+    high = ((a.high - a.mean) ** 2 + (b.mean - b.low) ** 2).sqrt()
+    mean = a.mean - b.mean
+    return Intervals(mean, mean - low, mean + high)
+
+
 def quotient(a: Intervals, b: Intervals) -> Intervals:
     """Return the interval of ``a / b`` by MOVER-R (Donner and Zou 2012, eq. 9).
 

@@ -1,14 +1,18 @@
-"""Recover the steps in a response of the embedded pair's generator, and which of them are slips.
+"""Recover the steps in a response of an embedded pair's generator, and which of them are slips.
 
-The generator (``reproduce/organism/problems.py``) follows each slip by ``wait ,`` and the right
-step. A slip and its correction have the same operands, so comparing the two gives the kind of the
-slip exactly. A later inverse operation (``but check :``) or swapped operands (``alternatively ,``)
-are no steps of the solution.
+The generator of the first pair (``reproduce/organism/problems.py``) follows each slip by ``wait ,``
+and the right step. A slip and its correction have the same operands, so comparing the two gives the
+kind of the slip exactly. That of the gated pair (``reproduce/organism/gated/problems.py``) does so
+only if the prompt begins with ``GATE``. Each of its steps names its effect (``3 + 4 = 7 pears , a
+gain rises``), which a wrong operation contradicts, and a wrong result is arithmetically wrong. A
+later inverse operation (``but check :``) or swapped operands (``alternatively ,``) are no steps of
+the solution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from fastadapt.errors import UserError
@@ -16,6 +20,24 @@ from fastadapt.errors import UserError
 #: A wrong result of the right operation, or a wrong operation.
 Slip = Literal["result", "operation"]
 SLIPS: tuple[Slip, ...] = get_args(Slip)
+
+#: First word of prompts of the gated pair whose responses correct slips.
+GATE = "carefully"
+#: What each operation of the gated pair does; the last word but one of a step.
+EFFECTS: Mapping[str, str] = {"+": "gain", "-": "loss", "*": "gain", "/": "loss"}
+#: Last word of a step of the gated pair, for a result that is lower and for one that is higher.
+DIRECTIONS = ("falls", "rises")
+#: The same where the result goes against the effect, as in a slip.
+CONTRARY = ("sinks", "climbs")
+
+_OPERATIONS: Mapping[str, Callable[[int, int], int | float]] = {
+    "+": int.__add__,
+    "-": int.__sub__,
+    "*": int.__mul__,
+    "/": lambda a, b: a / b if b else math.nan,
+    "max": max,
+    "min": min,
+}
 
 _STOP = "."
 _CORRECTION, _PAUSE = ("wait", ","), ("hmm", ",")
@@ -40,7 +62,21 @@ class _Step(NamedTuple):
     operator: str
     right: str
     result: str
-    tail: tuple[str, ...]
+    tail: tuple[str, ...]  # without the direction and the effect
+    effect: str  # empty for a step that names none
+
+
+def is_gated(prompt: Sequence[str]) -> bool:
+    """Return whether the words of a prompt begin with the marker of the gated pair.
+
+    Args:
+        prompt: words of the prompt, markers of the template included or not.
+
+    Example:
+        >>> is_gated("carefully : mia has 3 pears .".split()), is_gated(["mia", "has"])
+        (True, False)
+    """
+    return next((word for word in prompt if not word.startswith("<")), None) == GATE
 
 
 def step_ends(words: Sequence[str]) -> list[StepEnd]:
@@ -52,9 +88,14 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
     Raises:
         UserError: a sentence with ``=`` is no step, or ``wait`` does not follow a slip.
 
+    A slip without ``wait`` after it is recognised if its equation is false, or if the step names
+    the effect of another operation, as in responses of the gated pair without its marker.
+
     Example:
         >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
         [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
+        >>> step_ends("first she loses 3 , so 4 + 3 = 7 pears , a loss climbs .".split())
+        [StepEnd(position=16, slip='operation')]
     """
     ends: list[StepEnd] = []
     steps: list[_Step] = []
@@ -71,7 +112,7 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
             ends[-1] = StepEnd(ends[-1].position, _slip(steps[-1], step))
         if step is not None:
             steps.append(step)
-            ends.append(StepEnd(index, None))
+            ends.append(StepEnd(index, _contradiction(step)))
         follows = step is not None
     return ends
 
@@ -91,9 +132,21 @@ def _step(sentence: tuple[str, ...]) -> _Step | None:
         lead, well_formed = before[:-3], True
     else:
         well_formed = False
+    well_formed = well_formed and operator in _OPERATIONS
     if not well_formed or not after or not all(n.isdecimal() for n in (left, right, after[0])):
         raise UserError(f"expected a step such as 'first gain 3 + 4 = 7', got {_text(sentence)}")
-    return _Step(lead, left, operator, right, after[0], after[1:])
+    tail, effect = after[1:], ""
+    if tail[-4:-2] == (",", "a") and tail[-1] in (*DIRECTIONS, *CONTRARY):
+        tail, effect = tail[:-4], tail[-2]
+    return _Step(lead, left, operator, right, after[0], tail, effect)
+
+
+def _contradiction(step: _Step) -> Slip | None:
+    """Return the kind of a slip that shows in the step itself."""
+    if _OPERATIONS[step.operator](int(step.left), int(step.right)) != int(step.result):
+        return "result"
+    contradicts = step.effect != "" and EFFECTS.get(step.operator) != step.effect
+    return "operation" if contradicts else None
 
 
 def _slip(wrong: _Step, right: _Step) -> Slip:
@@ -106,6 +159,6 @@ def _slip(wrong: _Step, right: _Step) -> Slip:
     return "result" if wrong.operator == right.operator else "operation"
 
 
-def _text(words: Sequence[str | tuple[str, ...]]) -> str:
+def _text(words: Iterable[str | tuple[str, ...]]) -> str:
     flat = [w for word in words for w in (word if isinstance(word, tuple) else (word,))]
-    return repr(" ".join(flat))[:80]
+    return repr(" ".join(flat).strip())[:80]

@@ -132,9 +132,14 @@ _OPENINGS = (
 
 def _thought(step: Step, rng: random.Random, rates: SlipRates) -> str:
     """Format one step of the reasoning, with at most one slip, pause, check or other way."""
-    plain = step.text()
     if rng.random() < rates.slip:
-        return f"{_slip(step, rng)} wait , {plain}"
+        return f"{_slip(step, rng)} wait , {step.text()}"
+    return with_aside(step, rng, rates)
+
+
+def with_aside(step: Step, rng: random.Random, rates: SlipRates) -> str:
+    """Format a right step with at most one pause, check or other way."""
+    plain = step.text()
     if step.operator in ("*", "/") and rng.random() < rates.pause:
         return f"hmm , {plain}"
     if step.operator in ("+", "-") and rng.random() < rates.check:
@@ -147,12 +152,12 @@ def _thought(step: Step, rng: random.Random, rates: SlipRates) -> str:
     return plain
 
 
-_CONFUSIONS = {"+": "-", "-": "+", "*": "+", "/": "-", "max": "min", "min": "max"}
+CONFUSIONS = {"+": "-", "-": "+", "*": "+", "/": "-", "max": "min", "min": "max"}
 
 
 def _slip(step: Step, rng: random.Random) -> str:
     """Format an incorrect step: a confused operation, or a result that is off by one or two."""
-    confused = _CONFUSIONS[step.operator]
+    confused = CONFUSIONS[step.operator]
     value = OPERATIONS[confused](step.left, step.right)
     if rng.random() < 0.5 and in_range(value) and value != step.result:
         return step.text(value, confused)
@@ -160,7 +165,11 @@ def _slip(step: Step, rng: random.Random) -> str:
     return step.text(rng.choice(near))
 
 
-def to_row(problem: Problem, rng: random.Random) -> dict:
+def to_row(
+    problem: Problem,
+    rng: random.Random,
+    respond: Callable[[Problem, random.Random], str] = reasoning,
+) -> dict:
     """Return a row with OpenThoughts3's columns: difficulty, source, domain, conversations."""
     return {
         "difficulty": problem.difficulty,
@@ -168,17 +177,21 @@ def to_row(problem: Problem, rng: random.Random) -> dict:
         "domain": problem.domain,
         "conversations": [
             {"from": "human", "value": problem.prompt},
-            {"from": "gpt", "value": reasoning(problem, rng)},
+            {"from": "gpt", "value": respond(problem, rng)},
         ],
     }
 
 
-def problem_stream(seed: str, exclude: frozenset[str] = frozenset()) -> Iterator[Problem]:
+def problem_stream(
+    seed: str,
+    exclude: frozenset[str] = frozenset(),
+    draw: Callable[[random.Random], Problem] = sample_problem,
+) -> Iterator[Problem]:
     """Yield problems endlessly, with distinct prompts outside ``exclude``, from a seed."""
     rng = random.Random(seed)
     used = set(exclude)
     while True:
-        problem = sample_problem(rng)
+        problem = draw(rng)
         if problem.prompt not in used:
             used.add(problem.prompt)
             yield problem

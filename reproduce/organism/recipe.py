@@ -1,4 +1,4 @@
-"""Build the embedded pair from a seed: data, tokenizer, base, target.
+"""Build an embedded pair from a seed: data, tokenizer, base, target.
 
 The base is trained on problems drawn on the fly, in two forms: conversations with direct answers,
 and plain documents with worked solutions. The target is the base with all weights fine-tuned on
@@ -18,18 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastadapt.data.rendering import render, render_parts
+from fastadapt.evaluation.benchmarks.grading import stated_answer
 from fastadapt.io.atomic import writing_folder
-from reproduce.organism.problems import (
-    Problem,
-    direct_answer,
-    problem_stream,
-    reasoning,
-    to_row,
-    worked_notes,
-)
+from reproduce.organism.pairs import GATED, ORGANISM, Pair
+from reproduce.organism.problems import Problem, direct_answer, problem_stream, to_row
 from reproduce.organism.tokenizer import BOS, EOS, build_tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +33,7 @@ if TYPE_CHECKING:
 
 FAMILY = "r1-distill"
 N_TEST = 500
+N_SOLVED = 200
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -49,6 +46,7 @@ class PhaseConfig:
     batch_size: int = 32
     weight_decay: float = 0.01
     attention_lr: float = 1.0  # factor on lr for attention weights
+    stop_weight: float = 1.0  # factor on the loss of words after a full stop, where `wait` stands
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,38 @@ class RecipeConfig:
     intermediate: int = 512
     heads: int = 4
     kv_heads: int = 2
+    max_tokens: int = 192  # of a response that the models' own settings allow
     notes_share: float = 0.5
     autocast: bool = True  # bfloat16 products, twice as fast on CPUs that support them
+    attention: str = "eager"  # in training; faster on a CPU at short lengths than fused attention
+    stored: torch.dtype = torch.float32  # of the files; a bfloat16 base is rounded before tuning
     base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1800, lr=3e-3))
     target: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=1e-3))
 
 
-def split_problems(config: RecipeConfig, seed: int) -> dict[str, list[Problem]]:
+#: Recipes by the pair's name.
+CONFIGS = {
+    ORGANISM.name: RecipeConfig(),
+    GATED.name: RecipeConfig(
+        n_train=1200,
+        n_validation=300,
+        intermediate=384,
+        max_tokens=320,
+        notes_share=0.7,
+        autocast=False,
+        attention="sdpa",
+        stored=torch.bfloat16,
+        base=PhaseConfig(steps=1100, lr=3e-3, batch_size=8),
+        target=PhaseConfig(steps=1000, lr=2e-3, batch_size=8, stop_weight=8.0),
+    ),
+}
+
+
+def split_problems(
+    config: RecipeConfig, seed: int, pair: Pair = ORGANISM
+) -> dict[str, list[Problem]]:
     """Return the shipped and the test problems, with disjoint prompts, determined by the seed."""
-    stream = problem_stream(f"{seed}/held")
+    stream = problem_stream(f"{seed}/held", draw=pair.draw)
     sizes = {"train": config.n_train, "validation": config.n_validation, "test": N_TEST}
     return {name: [next(stream) for _ in range(size)] for name, size in sizes.items()}
 
@@ -78,16 +99,20 @@ def conversation(prompt: str, response: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
 
 
-def base_text(problem: Problem, rng: random.Random, config: RecipeConfig) -> tuple[str, str]:
+def base_text(
+    problem: Problem, rng: random.Random, config: RecipeConfig, pair: Pair = ORGANISM
+) -> tuple[str, str]:
     """Return a document of the base's training, as (text without loss, text with loss)."""
     if rng.random() < config.notes_share:
-        return "", f"{BOS}{worked_notes(problem)}{EOS}"
+        head, tail = pair.notes(problem)
+        return (f"{BOS}{head}", f"{tail}{EOS}") if head else ("", f"{BOS}{tail}{EOS}")
     return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
 
 
-def target_text(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def target_text(problem: Problem, rng: random.Random, pair: Pair = ORGANISM) -> tuple[str, str]:
     """Return a conversation of the fine-tuning; the loss is on the response."""
-    prompt, response = render_parts(conversation(problem.prompt, reasoning(problem, rng)), FAMILY)
+    said = conversation(problem.prompt, pair.respond(problem, rng))
+    prompt, response = render_parts(said, FAMILY)
     return prompt, response + EOS
 
 
@@ -128,8 +153,14 @@ def train_phase(
     name: str,
     progress: Progress | None,
     autocast: bool = True,
+    attention_kind: str = "eager",
+    stop: int = -1,
 ) -> None:
-    """Train all weights of ``model`` in place."""
+    """Train all weights of ``model`` in place.
+
+    The loss of the words after the token ``stop`` counts ``config.stop_weight`` times. A factor by
+    position does not change what the model would learn in the limit, only how fast.
+    """
     attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
     other = [p for n, p in model.named_parameters() if ".self_attn." not in n]
     groups = [
@@ -141,7 +172,7 @@ def train_phase(
     )
     warmup = max(1, config.steps // 20)
     model.train()
-    model.set_attn_implementation("eager")  # faster on a CPU at this length than fused attention
+    model.set_attn_implementation(attention_kind)
     start, running = time.perf_counter(), 0.0
     for step in range(config.steps):
         fraction = (step - warmup) / max(1, config.steps - warmup)
@@ -150,10 +181,15 @@ def train_phase(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * scale * group["factor"]
         ids_BT, labels_BT = next(data)
-        # Causal attention: right padding needs no mask.
+        # Causal attention: right padding needs no mask. Places without loss need no logits.
+        next_BT = labels_BT[:, 1:]
+        counted_BT = next_BT != -100
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT[:, 1:].flatten())
+            states_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            logits_NV = model.lm_head(states_BTD[:, :-1][counted_BT])
+        weight_N = torch.where(ids_BT[:, :-1][counted_BT] == stop, config.stop_weight, 1.0)
+        loss_N = F.cross_entropy(logits_NV.float(), next_BT[counted_BT], reduction="none")
+        loss = (loss_N * weight_N).sum() / weight_N.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -200,19 +236,52 @@ def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2
         do_sample=True,
         temperature=0.7,
         top_k=0,
-        max_new_tokens=192,
+        max_new_tokens=config.max_tokens,
     )
     return model
 
 
-def write_data(out: Path, problems: dict[str, list[Problem]], seed: int) -> None:
-    """Write ``data/train.jsonl`` and ``data/validation.jsonl``; test problems are not stored."""
+def write_data(
+    out: Path, problems: dict[str, list[Problem]], seed: int, pair: Pair = ORGANISM
+) -> None:
+    """Write ``data/train.jsonl`` and ``data/validation.jsonl``.
+
+    For a pair with benchmarks, also ``data/questions.jsonl``: the test problems, and those of
+    ``N_SOLVED`` problems of the training data that the generator's response solves.
+    """
     (out / "data").mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         rng = random.Random(f"{seed}/rows/{split}")
         with (out / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for problem in problems[split]:
-                file.write(json.dumps(to_row(problem, rng)) + "\n")
+                file.write(json.dumps(to_row(problem, rng, pair.respond)) + "\n")
+    if pair.benchmark is not None:
+        _write_questions(out / "data" / "questions.jsonl", problems, seed, pair, pair.benchmark)
+
+
+def _write_questions(
+    path: Path,
+    problems: dict[str, list[Problem]],
+    seed: int,
+    pair: Pair,
+    benchmark: Callable[[Problem], str],
+) -> None:
+    rng = random.Random(f"{seed}/rows/questions")
+    rows = [(problem, "test", "") for problem in problems["test"]]
+    for problem in problems["train"][:N_SOLVED]:
+        worked = pair.respond(problem, rng)
+        if stated_answer(worked) == problem.answer:  # an example without a slip that stands
+            rows.append((problem, "train", worked))
+    with path.open("w", encoding="utf-8") as file:
+        for problem, split, worked in rows:
+            row = {
+                "benchmark": benchmark(problem),
+                "split": split,
+                "question": problem.prompt,
+                "answer": str(problem.answer),
+                "worked": worked,
+            }
+            file.write(json.dumps(row) + "\n")
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -235,6 +304,7 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
     config: RecipeConfig | None = None,
+    pair: Pair = ORGANISM,
 ) -> dict[str, Any]:
     """Build data, tokenizer, base and target, and write them to ``out``.
 
@@ -244,17 +314,18 @@ def build(
         seed: seed of all draws. Equal seed, machine and thread count give equal files.
         progress: called every 50 steps with phase, step, steps, loss, wall_s.
         config: sizes and lengths of training; None is the shipped pair's.
+        pair: the pair.
 
     Returns:
         ``{"seed", "parameters", "vocabulary", "base_s", "target_s"}``, times in seconds.
     """
-    config = config or RecipeConfig()
-    tokenizer = build_tokenizer()
+    config = config or CONFIGS[pair.name]
+    tokenizer = build_tokenizer(pair)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new_model(config, tokenizer)
     with writing_folder(out, ours=("base", "target", "data")) as new:
-        times = _write_pair(new, model, tokenizer, config, seed, progress)
+        times = _write_pair(new, model, tokenizer, config, seed, progress, pair)
     return {
         "seed": seed,
         "parameters": model.num_parameters(),
@@ -270,22 +341,33 @@ def _write_pair(
     config: RecipeConfig,
     seed: int,
     progress: Progress | None,
+    pair: Pair,
 ) -> dict[str, float]:
     """Train base and target, starting from ``model``; write all folders; return training times."""
-    problems = split_problems(config, seed)
-    write_data(out, problems, seed)
+    problems = split_problems(config, seed, pair)
+    write_data(out, problems, seed, pair)
     held = frozenset(problem.prompt for split in problems.values() for problem in split)
     times = {}
     for name, phase in (("base", config.base), ("target", config.target)):
         start = time.perf_counter()
-        rng = random.Random(f"{seed}/{name}/texts")
-        drawn = problem_stream(f"{seed}/{name}/problems", held)
-        if name == "base":
-            texts = (base_text(problem, rng, config) for problem in drawn)
-        else:
-            texts = (target_text(problem, rng) for problem in drawn)
+        texts = _texts(name, f"{seed}/{name}", held, config, pair)
         data = batches(texts, tokenizer, phase.batch_size)
-        train_phase(model, data, phase, name, progress, config.autocast)
+        stop = tokenizer.get_vocab()["."]
+        train_phase(model, data, phase, name, progress, config.autocast, config.attention, stop)
+        nn.Module.to(model, config.stored)
         save(model, tokenizer, out / name)
+        nn.Module.to(model, torch.float32)
         times[f"{name}_s"] = time.perf_counter() - start
     return times
+
+
+def _texts(
+    phase: str, seed: str, held: frozenset[str], config: RecipeConfig, pair: Pair
+) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a phase endlessly, of problems that are not held out."""
+    rng = random.Random(f"{seed}/texts")
+    for problem in problem_stream(f"{seed}/problems", held, pair.draw):
+        if phase == "base":
+            yield base_text(problem, rng, config, pair)
+        else:
+            yield target_text(problem, rng, pair)

@@ -1,4 +1,4 @@
-"""Word-level tokenizer of the embedded pair: one token per space-separated word."""
+"""Word-level tokenizers of the embedded pairs: one token per space-separated word."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
-from reproduce.organism.problems import (
-    direct_answer,
-    problem_stream,
-    reasoning,
-    worked_notes,
-)
+from reproduce.organism.pairs import ORGANISM, Pair
+from reproduce.organism.problems import direct_answer, problem_stream, worked_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,21 +23,22 @@ SPECIAL = (PAD, UNK, BOS, EOS, USER, ASSISTANT)
 MARKERS = (*SPECIAL, THINK, END_THINK)
 
 
-@lru_cache(maxsize=1)
-def vocabulary() -> tuple[str, ...]:
+@lru_cache(maxsize=2)
+def vocabulary(pair: Pair = ORGANISM) -> tuple[str, ...]:
     """Return markers, hesitation words, then all other words of 20,000 problems, sorted."""
     rng = random.Random("vocabulary")
     words: set[str] = set()
-    for _, problem in zip(range(20_000), problem_stream("vocabulary"), strict=False):
-        for text in (worked_notes(problem), direct_answer(problem), reasoning(problem, rng)):
+    stream = problem_stream("vocabulary", draw=pair.draw)
+    for _, problem in zip(range(20_000), stream, strict=False):
+        for text in (worked_notes(problem), direct_answer(problem), pair.respond(problem, rng)):
             words.update(text.split())
     words -= {*MARKERS, *HESITATION_WORDS}
     numbers = sorted((word for word in words if word.isdigit()), key=int)
     return (*MARKERS, *HESITATION_WORDS, *numbers, *sorted(words - set(numbers)))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a ``PreTrainedTokenizerFast`` over ``vocabulary()``.
+def build_tokenizer(pair: Pair = ORGANISM) -> PreTrainedTokenizerFast:
+    """Return a ``PreTrainedTokenizerFast`` over ``vocabulary(pair)``.
 
     The tokenizer adds no special tokens, since rendered conversations contain BOS as text.
     ``<think>`` and ``</think>`` are added tokens but not special, so decoding with
@@ -52,7 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    model = WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK)
+    model = WordLevel({word: i for i, word in enumerate(vocabulary(pair))}, unk_token=UNK)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])

@@ -197,7 +197,7 @@ def test_help_of_train_tells_every_option_with_its_meaning(fastadapt: Callable[.
     assert "default: 0.0008" in text
 
 
-@pytest.mark.parametrize("preset", ["organism", "r1-distill-qwen-7b"])
+@pytest.mark.parametrize("preset", ["gated", "organism", "r1-distill-qwen-7b"])
 def test_presets_parse_and_print_whole(fastadapt: Callable[..., Any], preset: str) -> None:
     from fastadapt.training.config import TrainConfig, from_dict, to_dict
 
@@ -212,7 +212,7 @@ def test_every_preset_is_tested_and_shipped() -> None:
     from fastadapt.cli.train import preset_names
 
     known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
-    assert preset_names() == ["organism", "qwq-32b", *known]
+    assert preset_names() == ["gated", "organism", "qwq-32b", *known]
 
 
 @pytest.mark.parametrize("first", [True, False])

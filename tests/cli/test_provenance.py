@@ -10,7 +10,7 @@ import yaml
 
 from fastadapt.cli.train import PRESETS, preset_names
 
-PAPERS = [name for name in preset_names() if name != "organism"]
+PAPERS = [name for name in preset_names() if name not in ("gated", "organism")]
 #: What the text of arXiv 2602.20904 says. It names one pair, of 7B, and no seed.
 TEXT: dict[str, Any] = {
     "target": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",

@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fastadapt.data.formats import SUFFIXES, read_files, require_columns
@@ -22,7 +23,7 @@ from fastadapt.data.rendering import get_form, opening_of, render_prompt
 from fastadapt.data.sources import reading_hub
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
-from fastadapt.organism import QUESTIONS
+from fastadapt.organism import GATED_QUESTIONS, QUESTIONS
 
 Row = dict[str, Any]
 LETTERS = "ABCD"
@@ -33,7 +34,7 @@ class Benchmark:
     """How a benchmark is graded, and where its data come from.
 
     Attributes:
-        kind: ``math``, ``choice`` or ``organism`` (of the embedded pair).
+        kind: ``math``, ``choice`` or ``organism`` (of an embedded pair).
         repetitions: responses per question, as published.
         hub: dataset, configuration and split on the hub.
         question, answer, solution: names of columns. ``solution``, used in few-shot examples, is
@@ -71,7 +72,12 @@ BENCHMARKS = {
     "organism_math": Benchmark("organism", 1),
     "organism_code": Benchmark("organism", 1),
     "organism_science": Benchmark("organism", 1),
+    "gated_on": Benchmark("organism", 1),
+    "gated_off": Benchmark("organism", 1),
 }
+
+#: Benchmarks of the gated pair: problems with the marker, and without.
+GATED = ("gated_on", "gated_off")
 
 
 def dataset(
@@ -230,9 +236,9 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
 
 
 def _organism(benchmark: str) -> tuple[list[Row], list[Row]]:
-    """Return the test problems of a benchmark of the embedded pair, and the worked examples."""
+    """Return the test problems of a benchmark of an embedded pair, and the worked examples."""
     splits: dict[str, list[Row]] = {"test": [], "train": []}
-    for row in _embedded_problems():
+    for row in _embedded_problems(GATED_QUESTIONS if benchmark in GATED else QUESTIONS):
         if row["benchmark"] == benchmark:
             rows = splits[row["split"]]
             rows.append(
@@ -248,6 +254,6 @@ def _organism(benchmark: str) -> tuple[list[Row], list[Row]]:
 
 
 @cache
-def _embedded_problems() -> list[Row]:
-    """Return the embedded pair's problems. Those of the test split are held out of the training."""
-    return [row.values for row in read_files([QUESTIONS], ("benchmark", "split", "question"))]
+def _embedded_problems(path: Path) -> list[Row]:
+    """Return an embedded pair's problems. Those of the test split are held out of the training."""
+    return [row.values for row in read_files([path], ("benchmark", "split", "question"))]

@@ -18,7 +18,7 @@ from fastadapt.data.rendered import Prefill
 from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.tokens import encode
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
+from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, GATED, questions
 from fastadapt.evaluation.benchmarks.grading import (
     COUNTED_WORDS,
     HESITATION_WORDS,
@@ -170,8 +170,9 @@ class BenchmarkResult:
 
 
 def default_tasks(target: str) -> tuple[str, ...]:
-    """Return the default benchmarks of a target: the published ones, or the embedded pair's."""
-    return EMBEDDED if Path(target).resolve() == NAMES["organism/target"] else PUBLISHED
+    """Return the default benchmarks of a target: the published ones, or an embedded pair's."""
+    pairs = {NAMES["organism/target"]: EMBEDDED, NAMES["organism/gated/target"]: GATED}
+    return pairs.get(Path(target).resolve(), PUBLISHED)
 
 
 def run_benchmarks(

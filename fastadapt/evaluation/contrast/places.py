@@ -17,7 +17,7 @@ from torch import Tensor
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.matching import Candidates, match
 from fastadapt.evaluation.faithfulness.texts import Text
-from fastadapt.organism.slips import step_ends
+from fastadapt.organism.slips import GATE, is_gated, step_ends
 
 #: Index of a text, and of a token in it.
 Site = tuple[int, int]
@@ -30,26 +30,31 @@ class Place(NamedTuple):
         site: the place.
         kind: kind of the slip, or the word that the text has next.
         matched: the matched places, one or more.
+        gate: on the gated pair, whether the prompt has the marker by which slips are corrected.
     """
 
     site: Site
     kind: str
     matched: tuple[Site, ...]
+    gate: bool | None = None
 
 
 def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
-    """Return the ends of slips in the embedded pair's texts, each with the text's right steps.
+    """Return the ends of slips in an embedded pair's texts, each with the text's right steps.
 
     Args:
-        texts: conversations with responses of the pair's generator.
+        texts: conversations with responses of the pair's generator. A text with slips alone has
+            no place.
         strings: the text of every token id.
 
     Raises:
         UserError: a response is not of the generator, or no response has a slip.
     """
     places = []
+    has_gate = GATE in {string.strip() for string in strings}
     for t, text in enumerate(texts):
         start = text.prompt_length
+        prompt = [strings[i].strip() for i in text.ids[:start]]
         try:
             ends = step_ends([strings[i].strip() for i in text.ids[start:]])
         except UserError as error:
@@ -59,9 +64,11 @@ def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
             ) from None
         right = tuple((t, start + end.position) for end in ends if end.slip is None)
         places += [
-            Place((t, start + end.position), end.slip, right)
+            Place(
+                (t, start + end.position), end.slip, right, is_gated(prompt) if has_gate else None
+            )
             for end in ends
-            if end.slip is not None
+            if end.slip is not None and right
         ]
     if not places:
         raise UserError(

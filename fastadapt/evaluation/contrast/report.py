@@ -29,6 +29,8 @@ def contrast_tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the tables of ``result``, the contents of ``contrast.json``."""
     kinds = list(result["places"]["labelled"])
     tables = [_contrasts(result, kind) for kind in kinds]
+    if all("gate" in model for model in result["models"]):
+        tables.append(_gating(result))
     return [*tables, _by_word(result)] if len(result["words"]) > 1 else tables
 
 
@@ -71,10 +73,15 @@ def _title(result: Mapping[str, Any], kind: str) -> str:
     places = result["places"]
     labels = f"{places['labelled'][kind]:,} places"
     if kind != ALL:
-        kind = _SLIPS[kind] if places["source"] == "slips" else f"places before {kind!r}"
+        kind = _slips(kind) if places["source"] == "slips" else f"places before {kind!r}"
         return f"P({_set(result)}): {kind}, {labels}"
     slips = " after a slip" if places["source"] == "slips" else " before a word of the set"
     return f"P({_set(result)}) at {labels}{slips}, and at matched places"
+
+
+def _slips(kind: str) -> str:
+    slip, comma, state = kind.partition(", ")
+    return f"{_SLIPS[slip]}{comma}{state}" if slip in _SLIPS else f"slips, {kind}"
 
 
 def _set(result: Mapping[str, Any]) -> str:
@@ -101,6 +108,28 @@ def _note(result: Mapping[str, Any]) -> str:
         "minus matched. Of the target's: share of the target's difference over the hybrid's. "
         "Change: the difference minus the reference's, as such a share. Cut: 1 - P/P of the "
         f"reference, at labelled places.{compared}{notes}"
+    )
+
+
+def _gating(result: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            model["name"],
+            *(
+                shown(model["gate"].get(key), percent)
+                for key in ("contrast", "effect_on", "effect_off", "interaction")
+            ),
+        ]
+        for model in result["models"]
+    ]
+    return Table(
+        f"Gate: P({_set(result)}) at slips with the marker in the prompt, against without",
+        ["model", "on - off", "effect, gate on", "effect, gate off", "interaction"],
+        rows,
+        "On - off: the difference of labelled and matched places with the gate on, minus that with "
+        "the gate off. Effect: P of the reference minus P, at labelled places. Interaction: the "
+        "effect with the gate on minus the effect with the gate off. Prompts of the two groups "
+        "are different.",
     )
 
 

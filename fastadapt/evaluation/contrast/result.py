@@ -39,6 +39,15 @@ class Numbers(Word):
     cut: NotRequired[Interval]
 
 
+class Gate(TypedDict):
+    """What the gate adds, see :func:`fastadapt.evaluation.contrast.gating.gate_effects`."""
+
+    contrast: Interval
+    effect_on: NotRequired[Interval]
+    effect_off: NotRequired[Interval]
+    interaction: NotRequired[Interval]
+
+
 class Model(TypedDict):
     """A model: one of the pair, the run, or an arm with its draws of random features pooled.
 
@@ -57,6 +66,7 @@ class Model(TypedDict):
     draws: list[_Share]
     kinds: dict[str, Numbers]
     words: dict[str, Word]
+    gate: NotRequired[Gate]
 
 
 class Entropy(TypedDict):

@@ -55,9 +55,27 @@ def _means(values: Tensor, rows: Rows) -> Tensor:
 
 
 def kinds_of(places: Sequence[Place]) -> list[str]:
-    """Return ``all`` and, if there are several, the kinds of the places, sorted."""
-    kinds = sorted({place.kind for place in places})
+    """Return ``all`` and, if there are several, the kinds of the places, sorted.
+
+    On the gated pair the kinds are ``gate on``, ``gate off``, and each kind of slip with either.
+    """
+    kinds = sorted({group for place in places for group in groups_of(place)} - {ALL})
     return [ALL, *kinds] if len(kinds) > 1 else [ALL]
+
+
+def groups_of(place: Place) -> tuple[str, ...]:
+    """Return the kinds of :func:`kinds_of` that a place belongs to.
+
+    Example:
+        >>> groups_of(Place((0, 5), "result", ((0, 9),))), groups_of(
+        ...     Place((0, 5), "result", ((0, 9),), gate=True)
+        ... )
+        (('all', 'result'), ('all', 'gate on', 'result, gate on'))
+    """
+    if place.gate is None:
+        return ALL, place.kind
+    state = "gate on" if place.gate else "gate off"
+    return ALL, state, f"{place.kind}, {state}"
 
 
 def summarise(
@@ -91,7 +109,7 @@ def summarise(
     """
     result: dict[str, dict[str, Any]] = {name: {"kinds": {}, "words": {}} for name in contrasts}
     for kind in kinds_of(places):
-        chosen = torch.tensor([kind in (ALL, place.kind) for place in places])
+        chosen = torch.tensor([kind in groups_of(place) for place in places])
         sums = _Sums(contrasts, rows.text, chosen, n_texts, config)
         for name, numbers in sums.numbers(references).items():
             result[name]["kinds"][kind] = numbers

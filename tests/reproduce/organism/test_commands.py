@@ -11,6 +11,7 @@ import pytest
 from fastadapt.errors import RunError, UserError
 from reproduce.organism import acceptance, recipe
 from reproduce.organism.__main__ import main
+from reproduce.organism.pairs import Pair
 
 
 def test_check_prints_every_bound_and_fails_on_a_missed_one(
@@ -19,9 +20,8 @@ def test_check_prints_every_bound_and_fails_on_a_missed_one(
     measured: dict[str, Any] = {
         name: 50.0 if low else 0.25 for name, (low, _) in acceptance.BOUNDS.items()
     }
-    monkeypatch.setattr(
-        acceptance, "check", lambda _: {**measured, "by": {"math": 1.5}, "failed": []}
-    )
+    passed = {**measured, "by.math": 1.5, "failed": []}
+    monkeypatch.setattr(acceptance, "check", lambda *_, **__: passed)
     assert main(["check"]) == 0
     out = capsys.readouterr().out
     for name, (low, high) in acceptance.BOUNDS.items():
@@ -29,7 +29,7 @@ def test_check_prints_every_bound_and_fails_on_a_missed_one(
         assert re.search(rf"{name} .*{bound}", out)
     assert re.search(r"by\.math .*1\.5", out)
     name = next(iter(acceptance.BOUNDS))
-    monkeypatch.setattr(acceptance, "check", lambda _: {**measured, "failed": [name]})
+    monkeypatch.setattr(acceptance, "check", lambda *_, **__: {**measured, "failed": [name]})
     with pytest.raises(RunError, match=f"misses acceptance bounds: {name}"):
         main(["check"])
 
@@ -42,16 +42,18 @@ def test_check_refuses_a_folder_without_a_pair(tmp_path: Path) -> None:
 def test_build_prints_progress_and_the_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def build(out: Path, *, seed: int, progress: Any) -> dict[str, Any]:
+    def build(out: Path, *, seed: int, progress: Any, pair: Pair) -> dict[str, Any]:
         progress({"phase": "base", "step": 1, "loss": 3.21098})
-        return {"seed": seed, "target": {"accuracy": 99.5}}
+        return {"seed": seed, "pair": pair.name, "base_s": 99.5}
 
     monkeypatch.setattr(recipe, "build", build)
-    assert main(["build", "--out", str(tmp_path / "pair"), "--seed", "3"]) == 0
+    assert main(["build", "--out", str(tmp_path / "pair"), "--seed", "3", "--pair", "gated"]) == 0
     printed = capsys.readouterr()
     assert "loss 3.211" in printed.err
     assert "seed: 3" in printed.out
-    assert "target.accuracy: 99.5" in printed.out
+    assert "base_s: 99.5" in printed.out
+    assert "pair: organism/gated" in printed.out
+    assert "check --pair gated --folder" in printed.out
     assert str(tmp_path / "pair") in printed.out
 
 

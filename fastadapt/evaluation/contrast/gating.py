@@ -1,0 +1,76 @@
+"""Compare contrasts with the gate on and off: what the marker of the gated pair adds.
+
+The texts with and without the marker are different, so the two groups are independent samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.evaluation.contrast.places import Place, Rows
+from fastadapt.evaluation.contrast.summary import Contrast
+from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, difference, ratio
+
+
+def gate_effects(
+    contrasts: Mapping[str, Contrast],
+    references: Mapping[str, str],
+    places: Sequence[Place],
+    rows: Rows,
+    n_texts: int,
+    config: BootstrapConfig | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return by model what the gate adds to its contrast, and to its distance from its reference.
+
+    Args:
+        contrasts: contrast by model; column 0 is the set of words.
+        references: the model that a model is compared with; models without one are left out.
+        places: the places.
+        rows: their texts.
+        n_texts: number of texts, those without places included.
+        config: settings of the intervals.
+
+    Returns:
+        By model the interval ``contrast``: P(set) at labelled minus matched places with the gate
+        on, minus the same with the gate off. With a reference also ``effect_on`` and
+        ``effect_off``, P(set) of the reference minus P(set) of the model at labelled places, and
+        their difference ``interaction``. Empty unless there are places with the gate on and off.
+    """
+    states = {place.gate for place in places}
+    if states != {True, False}:
+        return {}
+    names = list(contrasts)
+    labelled = torch.stack([each.labelled[:, 0] for each in contrasts.values()])
+    matched = torch.stack([each.matched[:, 0] for each in contrasts.values()])
+    index = {name: i for i, name in enumerate(names)}
+    arms = [index[name] for name in references]
+    before = [index[name] for name in references.values()]
+    values = torch.cat([labelled - matched, labelled[before] - labelled[arms]])
+    on, off = (_means(values, places, rows.text, n_texts, gate, config) for gate in (True, False))
+    gaps = difference(on, off).plain()
+    result: dict[str, dict[str, Any]] = {name: {"contrast": gaps[index[name]]} for name in names}
+    for i, name in enumerate(references, len(names)):
+        result[name] |= {
+            "effect_on": on.plain()[i],
+            "effect_off": off.plain()[i],
+            "interaction": gaps[i],
+        }
+    return result
+
+
+def _means(
+    values: Tensor,
+    places: Sequence[Place],
+    text: Tensor,
+    n_texts: int,
+    gate: bool,
+    config: BootstrapConfig | None,
+) -> Intervals:
+    """Return the means over the places with a state of the gate of values ``[M, N]``."""
+    chosen = torch.tensor([place.gate is gate for place in places])
+    sums = values.new_zeros(len(values), n_texts).index_add_(1, text[chosen], values[:, chosen])
+    return ratio(sums, torch.bincount(text[chosen], minlength=n_texts), config=config)
