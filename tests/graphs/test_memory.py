@@ -100,8 +100,9 @@ def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> N
 def test_larger_graphs_need_more(model: ReplacementModel) -> None:
     pair = PairConfig("target", "base", dtype="float32")
     none = EvidenceConfig(ablations=0)  # whose copies of the text would be the peak
-    sizes = (AdapterConfig(64), 100, 3.0, "replacement", GRAPH)
-    setup = GraphSetup(model.model.config, pair, *sizes, evidence=none)
+    setup = GraphSetup(
+        model.model.config, pair, AdapterConfig(64), 100, 3.0, config=GRAPH, evidence=none
+    )
     plan = graph_memory(setup)
     values = {**model.model.config.to_dict(), "num_hidden_layers": 9, "layer_types": None}
     deeper = Qwen2Config(**values)
