@@ -17,7 +17,8 @@ def run_files(folder: Path, seconds: float, n_processes: int) -> dict:
     return kernel_tests.run_files([folder], [], folder, env, seconds, n_processes)
 
 
-@pytest.mark.parametrize("n_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_processes", [1, 2])
 def test_completed_tests_are_counted_after_a_timeout(tmp_path: Path, n_processes: int) -> None:
     (tmp_path / "test_a.py").write_text("def test_one(): ...\ndef test_two(): ...\n")
     (tmp_path / "test_b.py").write_text(SLOW.format(name="long", seconds=120))

@@ -21,22 +21,26 @@ def option(name: str, value: Any, message: str) -> tuple[str, Callable[[Any], li
 CASES = [
     # --- the command line
     ("command", lambda d: ["trian"], r"unknown command 'trian'; did you mean train\?"),
-    ("no config", lambda d: ["train"], r"PRESET_OR_YAML is missing; presets: organism"),
+    ("no config", lambda d: ["train"], r"PRESET_OR_YAML is missing; presets: gated, organism"),
     (
         "preset",
         lambda d: ["train", "organsim"],
-        r"organsim: no such preset; did you mean organism\? Known: organism, qwq-",
+        r"organsim: no such preset; did you mean organism\? Known: gated, organism, qwq-",
     ),
-    ("no preset", lambda d: ["train", "zzz"], r"zzz: no such preset\. Known: organism, qwq-"),
+    (
+        "no preset",
+        lambda d: ["train", "zzz"],
+        r"zzz: no such preset\. Known: gated, organism, qw",
+    ),
     (
         "a folder",
         lambda d: ["train", d.folder],
-        r"is a folder; expected a YAML file or a preset \(organism, qwq-",
+        r"is a folder; expected a YAML file or a preset \(gated, organism, qwq-",
     ),
     (
         "second preset",
         lambda d: d.train("quux"),
-        r"quux: no such preset\. Known: organism.*; overlays: bias, dense, lora, no-bridge, norms",
+        r"quux: no such preset\. Known: gated, organism.*; overlays: bias, dense, lora, no-bridge",
     ),
     (
         "nearest overlay",
@@ -46,7 +50,7 @@ CASES = [
     (
         "an overlay alone",
         lambda d: ["train", "no-bridge"],
-        r"no-bridge is an overlay; give a preset or file.*: fastadapt train organism no-bridge",
+        r"no-bridge is an overlay; give a preset or file.*: fastadapt train gated no-bridge",
     ),
     (
         "a preset after an option",

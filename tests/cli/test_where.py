@@ -117,7 +117,7 @@ def test_presets_and_files_name_the_folder(recipe: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--where.n", "3"], "PAIR_OR_YAML is missing; presets: organism"),
+        (["--where.n", "3"], "PAIR_OR_YAML is missing; presets: gated, organism"),
         (["organsim"], "no such preset; did you mean organism?"),
         (["EMPTY"], "is a folder without config.yaml and fastadapt.json"),
         (["PAIR"], r"data.validation is missing: give the texts \(--data\), or one \(--text\)"),

@@ -77,7 +77,8 @@ def test_long_plans_are_linear_unless_attention_is_not(model: ReplacementModel) 
     assert growth(peaks("eager")) > 1.5  # the control
 
 
-@pytest.mark.parametrize("stream", ["replacement", pytest.param("target", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["replacement", "target"])
 def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> None:
     measured = [counted(model, n, stream) for n in LENGTHS]
     assert growth([peak for peak, _ in measured]) < 1.2

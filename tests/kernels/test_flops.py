@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys, torch
 from fastadapt.kernels.linear_kl import linear_kl
@@ -20,6 +22,7 @@ print(any(type(f).__module__.startswith("fastadapt") for f in sys.meta_path))
 """
 
 
+@pytest.mark.slow
 def test_formulas_are_registered_on_demand_and_once() -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
