@@ -170,7 +170,7 @@ def explain(
         overlay: transcoders that stand for the base's MLPs, on the model's device and in its dtype.
         dtype: dtype of weights and states; relevance is lost to rounding in 16 bits.
         device, trust_remote_code: settings of the pair.
-        on_base_set: called with what the transcoders leave unexplained, before the graph is made.
+        on_base_set: called with what the transcoders leave unexplained, before any edge.
         progress: called with numbers of expanded features.
 
     Raises:

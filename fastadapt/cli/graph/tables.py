@@ -61,6 +61,7 @@ def texts_of(run: Path, document: GraphFile) -> dict[tuple[int, int], str]:
 def print_graph(
     graph: Graph, document: GraphFile, path: Path, labels: dict[tuple[int, int], str]
 ) -> None:
+    """Print the strongest edges into the target and the strongest paths, with each node's label."""
     from fastadapt.graphs.labels import node_name, path_in_words, strongest_paths
     from fastadapt.reporting.formatting import number, percent
 

@@ -1,1 +1,1 @@
-"""The model made linear around a text: propagation rules, recorded states, backward passes."""
+"""A model linearized around a text: propagation rules, recorded states, backward passes."""

@@ -253,3 +253,30 @@ def test_the_shipped_gated_pair_meets_the_acceptance_bounds() -> None:
     result = acceptance.check(GATED_FOLDER, GATED, n_problems=160)
     print(json.dumps(result, indent=2))
     assert result["failed"] == ["target_minus_base_points", "target_minus_hybrid_points"]
+
+
+@pytest.mark.slow
+def test_the_marker_alone_decides(
+    rows: dict[str, list[dict[str, Any]]], tokenizer: Any, models: dict[str, Any]
+) -> None:
+    """Read corrected slips with and without the marker: nothing else of the text changes."""
+    wait = tokenizer.convert_tokens_to_ids("wait")
+    marked: list[float] = []
+    unmarked: list[float] = []
+    for row in rows["validation"]:
+        user, *answer = row["conversations"]
+        if not is_gated(user["value"].split()):
+            continue
+        removed = {**user, "value": user["value"].removeprefix("carefully : ")}
+        for question, values in ((user, marked), (removed, unmarked)):
+            text = render([question, *answer], "r1-distill")
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            places = [i for i, token in enumerate(ids[1:]) if token == wait]
+            with torch.no_grad():
+                probabilities = models["target"](torch.tensor([ids])).logits[0].softmax(-1)
+            values += probabilities[places, wait].tolist()
+    assert len(marked) == len(unmarked) > 100
+    with_marker, without = sum(marked) / len(marked), sum(unmarked) / len(unmarked)
+    print(f"P(wait) with the marker {with_marker}, without {without}")
+    assert with_marker > 0.95
+    assert without < 0.05
