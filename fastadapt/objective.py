@@ -82,7 +82,10 @@ class ObjectiveConfig:
             if not 0 <= value < float("inf"):
                 raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
         if self.first_cutoff not in (0, 1):
-            raise UserError(f"objective.first_cutoff must be 0 or 1, got {self.first_cutoff}")
+            raise UserError(
+                f"objective.first_cutoff (the smallest cutoff of the bridges) must be 0 or 1, got "
+                f"{self.first_cutoff}"
+            )
         if self.checkpoint not in (*POLICIES, "auto"):
             raise UserError(
                 f"objective.checkpoint must be auto or one of {', '.join(POLICIES)}, "

@@ -38,6 +38,23 @@ if hypothesis is not None:
     settings.load_profile("proof" if PROOF else "quick")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow what ``@pytest.mark.quick(*ids)`` does not name of a parametrised test."""
+    unknown = set()
+    for item in items:
+        if isinstance(item, pytest.Function) and (quick := item.get_closest_marker("quick")):
+            ids = {(item.path, item.originalname, name) for name in quick.args}
+            unknown |= ids
+            if item.callspec.id not in quick.args:
+                item.add_marker("slow")
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            unknown.discard((item.path, item.originalname, item.callspec.id))
+    if unknown and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"@pytest.mark.quick names no case of its test: {unknown}")
+
+
 def pytest_collection_finish() -> None:
     """Leave the libraries' objects out of later garbage collections: a million at each."""
     gc.collect()

@@ -75,7 +75,7 @@ class Family:
         """Return the text of a conversation.
 
         Raises:
-            UserError: a tool's turn, if the family has no form for it.
+            UserError: a tool's turn, if the family has no template for it.
         """
         pieces = [Piece(self.bos, "bos", None)]
         pending = ""  # a system's text for the user's first turn
@@ -85,9 +85,10 @@ class Family:
                 pending = text + "\n\n"
                 continue
             if frame is None:
+                family = f"the chat family {self.name!r}" if self.name else "data.family"
+                hint = "define an inline family" if self.name else f"add {role} to it"
                 raise UserError(
-                    f"turn {i + 1}: the family {self.name or 'of data.family'!r} has no form for a "
-                    f"turn of role {role!r}; give one in an inline family"
+                    f"turn {i + 1}: {family} has no template for the role {role!r}; {hint}"
                 )
             pieces.append(Piece(frame[0], "marker", role))
             if role == "assistant":

@@ -165,7 +165,8 @@ def turns(conversation: Any) -> tuple[str, str]:
     said = read_turns(conversation)
     if [turn.role for turn in said] != ["user", "assistant"]:
         raise UserError(
-            f"conversations: expected two turns (prompt, response), got {len(said)} turn(s): "
+            "conversations: expected a user turn, then an assistant turn; got the roles "
             + ", ".join(turn.role for turn in said[:4])
+            + ", ..." * (len(said) > 4)
         )
     return said[0].text, said[1].text

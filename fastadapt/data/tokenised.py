@@ -20,7 +20,7 @@ _CHUNK = 128  # rows per call of the tokenizer
 
 
 class Tokenised(NamedTuple):
-    """The tokens of a row.
+    """A row with its rendered text, its tokens and the stretches that losses count.
 
     Attributes:
         row: the row.

@@ -162,7 +162,7 @@ class Texts(TypedDict):
 
 
 class Excess(TypedDict):
-    """How far the KL of partial replacement exceeds that of the full replacement."""
+    """Largest increase of the KL when only some layers are replaced, over replacing all of them."""
 
     worst: Interval
 

@@ -114,7 +114,7 @@ def ratio(
     x = sums.detach().to("cpu", torch.float64)
     c = counts.detach().to("cpu", torch.float64).expand_as(x)
     if not (x.isfinite().all() and c.isfinite().all()):
-        raise ValueError("sums and counts: expected finite numbers")
+        raise ValueError("sums and counts must be finite, got NaN or infinity")
     shape, (x, c) = x.shape[:-1], (x.reshape(-1, x.shape[-1]), c.reshape(-1, x.shape[-1]))
     units = (c != 0).sum(1)
     moments = torch.stack([x, c, x * x, x * c, c * c])

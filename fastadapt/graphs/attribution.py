@@ -70,7 +70,7 @@ class Target:
     known: float | None = None
 
     def measure(self, state: Tensor) -> Tensor:
-        """Return the value ``[...]`` of states ``[..., D]``, also of a changed model."""
+        """Return ``direction · state + constant``, ``[...]``, of a model's states ``[..., D]``."""
         return state @ self.direction.to(state) + self.constant
 
     def value(self, trace: Trace) -> float:

@@ -62,7 +62,9 @@ class Question:
         names = ("token", "feature", "direction")
         given = [f"--{name}" for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UserError(f"expected one of --token, --feature, --direction, got {given}")
+            raise UserError(
+                "expected at most one of --token, --feature, --direction, got " + ", ".join(given)
+            )
         if self.against is not None and self.token is None:
             raise UserError("--against: expected with --token; give --token too")
 

@@ -112,7 +112,7 @@ def check_columns(path: Path, actual: pa.Schema, expected: pa.Schema) -> None:
 
 @contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
-    """Raise errors of pyarrow on a damaged file as a ``UserError`` that names the file."""
+    """Raise errors of reading Parquet as a ``UserError`` that names the file."""
     try:
         yield
     # OverflowError, UnicodeDecodeError: an invalid number or name in the footer.

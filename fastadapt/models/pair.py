@@ -135,12 +135,12 @@ def choose_attention(
     version = name.removeprefix("flash_attention_")
     if version != name and version != "2" and not (version in newer and newer[version]()):
         raise UserError(
-            f"pair.attention is {name}, which is not installed; use --pair.attention sdpa"
+            f"pair.attention is {name}, which is not installed; set pair.attention to sdpa"
         )
     if name == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
             "pair.attention is flash_attention_2, but flash-attn is not available; install it with "
-            "pip install 'fastadapt[flash]', or use --pair.attention sdpa"
+            "pip install 'fastadapt[flash]', or set pair.attention to sdpa"
         )
     if name != "auto":
         return name, "set by pair.attention"

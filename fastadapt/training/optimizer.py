@@ -315,7 +315,11 @@ def _low_memory_adam(
 
 
 def _low_memory_moment(adam: Any, master: Tensor, moment: str) -> Tensor:
-    """Return torchao's zero moment: 8-bit from 4,096 elements on, else in ``master``'s dtype."""
+    """Return a moment of zeros, as torchao creates it for ``master``.
+
+    With 8-bit moments: 8-bit if it has at least 4,096 elements and a multiple of 256, else in the
+    dtype of ``master``.
+    """
     value: Tensor = adam._new_buffer(master, moment == "exp_avg")
     return value
 

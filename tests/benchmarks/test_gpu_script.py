@@ -142,6 +142,7 @@ def test_checks_test_repeat_and_time_the_other_ops(tmp_path: Path) -> None:
     assert {"indices", "sanitizer"} <= set(result["left_out"])
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_results(tmp_path: Path) -> None:
     """Killed after the first row, the file is valid JSON with this row, marked as not finished."""
     output = tmp_path / "killed.json"
@@ -184,6 +185,7 @@ def rows_of(n: int, seconds: float, name: str = "x") -> Callable[[], Iterator[di
     return rows
 
 
+@pytest.mark.slow
 def test_later_parts_get_their_share_of_the_time_after_an_overrun() -> None:
     """The first part stops after the row in progress; unused time goes to later parts."""
     first, second = Entry("first", rows_of(9, 0.55), 1), Entry("second", rows_of(99, 0.05), 2)
@@ -232,6 +234,7 @@ def test_non_finite_numbers_give_valid_json() -> None:
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
+@pytest.mark.slow
 def test_a_failed_check_marks_the_run_and_measuring_continues(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -292,6 +295,7 @@ def test_missing_peers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
+@pytest.mark.slow
 def test_an_unknown_part_is_refused_at_the_start(tmp_path: Path) -> None:
     completed = run("kernels", "--quick", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1

@@ -279,6 +279,7 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["full", pytest.param("auto", marks=pytest.mark.slow)])
 def test_the_papers_run_is_planned_offline(
     policy: str, fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -405,6 +406,7 @@ def test_a_bug_keeps_its_traceback(
         fastadapt("train", recipe())
 
 
+@pytest.mark.slow
 def test_the_installed_command_exits_with_the_code() -> None:
     from shutil import which
 

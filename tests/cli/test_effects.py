@@ -139,6 +139,7 @@ def test_responses_are_generated_with_and_without_features(
     assert json.loads(stronger.out)[0]["tokens"] != adapter["tokens"]
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_page(run: Path, fastadapt: Callable[..., Any]) -> None:
     outcome = fastadapt(
         *("changes", run, "--texts", 2, "--features", 3, "--positions", 2, "--prompts", 1),

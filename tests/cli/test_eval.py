@@ -69,6 +69,7 @@ def test_runs_are_compared_and_nothing_is_measured_twice(
     assert json.loads((folder / "eval.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_their_seed_are_one_group(
     recipe: Callable, fastadapt: Callable, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
 
+from fastadapt.cli.main import main
 from fastadapt.cli.progress import Progress
 
 COLLECT = ("--n", 60, "--device", "cpu")
@@ -31,11 +32,17 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def with_features(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with collected features, which no test changes."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("collected") / "run")
+    assert main(["features", "collect", str(folder), *map(str, COLLECT)]) == 0
+    return Path(folder)
+
+
 @pytest.fixture
-def collected(run: Path, fastadapt: Callable) -> Path:
-    outcome = fastadapt("features", "collect", run, *COLLECT)
-    assert outcome.code == 0, outcome.err
-    return run
+def collected(with_features: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(with_features, tmp_path / "run"))
 
 
 def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) -> None:
@@ -166,13 +173,13 @@ def test_a_set_is_taken_out_and_put_onto_the_target(
     ],
 )
 def test_what_is_refused(
-    collected: Path, fastadapt: Callable, argv: tuple[str, ...], message: str
+    with_features: Path, fastadapt: Callable, argv: tuple[str, ...], message: str
 ) -> None:
-    before = sorted(path for path in collected.rglob("*"))
-    outcome = fastadapt(*(text.format(run=collected) for text in argv))
+    before = sorted(with_features.rglob("*"))
+    outcome = fastadapt(*(text.format(run=with_features) for text in argv))
     assert outcome.code == 2, outcome.out
     assert message in " ".join(outcome.err.split())
-    assert sorted(path for path in collected.rglob("*")) == before
+    assert sorted(with_features.rglob("*")) == before
 
 
 def test_a_store_of_another_adapter_is_refused(

@@ -52,6 +52,7 @@ def save_target(pair: Path, folder: Path, kind: str) -> Path:
     return folder
 
 
+@pytest.mark.quick("peft")
 @pytest.mark.parametrize("kind", ["untied", "tied", "peft"])
 def test_a_target_with_added_tokens(
     kind: str,

@@ -138,6 +138,7 @@ KINDS = {
 }
 
 
+@pytest.mark.quick("lora", "bias")
 @pytest.mark.parametrize("overlay", KINDS)
 def test_a_baseline_from_one_command(
     fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path, overlay: str

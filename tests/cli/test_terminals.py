@@ -14,6 +14,7 @@ from fastadapt.cli.console import print_table, write_any_text
 from fastadapt.cli.parser import Parser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "encoding"),
     [

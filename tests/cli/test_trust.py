@@ -192,6 +192,7 @@ UNRECORDED = (
 )
 
 
+@pytest.mark.quick("train a pair", "train --dry-run", "overlap", "describe", "generate")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "organism check"])
 def test_no_command_runs_code_that_a_file_trusts(
     name: str,
@@ -231,6 +232,7 @@ def test_an_architecture_of_its_own_is_refused_without_a_question(
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["eval", *(pytest.param(name, marks=pytest.mark.slow) for name in ("collect", "overlap"))],

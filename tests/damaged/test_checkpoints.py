@@ -90,6 +90,7 @@ def stopped(tiny_config: Callable) -> Any:
     return config
 
 
+@pytest.mark.slow
 def test_a_signed_set_of_another_content_is_refused_at_resume(stopped: Any) -> None:
     folder = sorted(Path(stopped.run.output, "checkpoints").glob("step-*"))[-1]
     state = json.loads((folder / SCALARS).read_text())

@@ -129,6 +129,7 @@ _POSSIBLE_WHERE: dict[str, tuple[object, ...]] = {
 }
 
 
+@pytest.mark.slow
 def test_where_json(tiny_pair: Path, tmp_path: Path) -> None:
     pair = PairConfig(str(tiny_pair / "target"), str(tiny_pair / "base"), device="cpu")
     settings = WhereConfig(DifferenceConfig(positions=2), BootstrapConfig(resamples=200))

@@ -46,6 +46,7 @@ def test_the_configuration_of_a_run(tiny_config: Callable, tmp_path: Path) -> No
     sweep(path, variants(path), lambda: load_config(path), reads_back)
 
 
+@pytest.mark.slow
 def test_a_file_of_options(tiny_config: Callable, tmp_path: Path) -> None:
     path = tmp_path / "options.yaml"
     save_config(tiny_config(), path)
@@ -69,6 +70,7 @@ RECORDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick("train")
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["kind"])
 def test_a_record_of_the_metrics(record: dict[str, Any], tmp_path: Path) -> None:
     path, content = tmp_path / "metrics.jsonl", json.dumps(record).encode()
@@ -95,6 +97,7 @@ def pair(tiny_pair: Path, tmp_path: Path) -> PairConfig:
     return PairConfig(str(tmp_path / "target"), str(tmp_path / "base"), device="cpu")
 
 
+@pytest.mark.quick("tokenizer.json")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
 def test_a_file_of_the_target(pair: PairConfig, name: str) -> None:
     path = Path(pair.target, name)

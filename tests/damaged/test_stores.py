@@ -81,6 +81,7 @@ def pages(folder: Path) -> list[object]:
     return ["features", "export", folder, "--output", folder.parent / "pages"]
 
 
+@pytest.mark.quick("texts")
 @pytest.mark.parametrize("table", LISTED)
 def test_check_catches_every_flip_and_truncation(folder: Path, table: str) -> None:
     path = folder / f"{table}.parquet"
@@ -115,6 +116,7 @@ def test_parts_that_are_read_end_well(folder: Path, table: str) -> None:
     sweep(path, cases, part, flips)
 
 
+@pytest.mark.quick("adapter/lens-how0", "adapter/features-how4")
 @pytest.mark.parametrize(
     ("table", "how"),
     [
@@ -135,6 +137,7 @@ def test_selections_end_well(folder: Path, table: str, how: list[str]) -> None:
     sweep(path, list(raw(path.read_bytes(), seed=3)), call, flips, names)
 
 
+@pytest.mark.quick("adapter/scores")
 @pytest.mark.parametrize("table", ADDED)
 def test_tables_of_judges_end_well(folder: Path, table: str, pages: list[object]) -> None:
     path = folder / f"{table}.parquet"
@@ -197,6 +200,7 @@ FREE = {
 }  # fmt: skip
 
 
+@pytest.mark.quick("adapter/features", "adapter/examples")
 @pytest.mark.parametrize("table", [*LISTED, *ADDED])
 def test_signed_contents_that_cannot_be(folder: Path, table: str, pages: list[object]) -> None:
     path = folder / f"{table}.parquet"
@@ -267,6 +271,7 @@ def test_manifest(folder: Path, pages: list[object]) -> None:
     sweep(path, cases[::6], command(*pages), lambda *_: True, names)
 
 
+@pytest.mark.slow
 def test_sets(folder: Path) -> None:
     path = folder / "sets" / "some.json"
     cases = variants(path)

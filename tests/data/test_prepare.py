@@ -247,6 +247,7 @@ def test_again_gives_the_same_bytes(config: Callable[..., PrepareConfig], tmp_pa
     assert other["train.parquet"] != first["train.parquet"]
 
 
+@pytest.mark.slow
 def test_parquet_and_jsonl_give_the_same_rows(
     config: Callable[..., PrepareConfig], tmp_path: Path
 ) -> None:
@@ -298,6 +299,7 @@ def test_what_there_is_can_be_taken_without_reading_again(
     assert validation["conversations"] == validation["wanted"]
 
 
+@pytest.mark.slow
 def test_a_reserve_that_was_too_small_says_so(
     config: Callable[..., PrepareConfig], tmp_path: Path
 ) -> None:
@@ -331,6 +333,7 @@ def test_other_things_in_the_folder_are_not_touched(
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_files_beside_a_selection_survive_an_overwrite(
     config: Callable[..., PrepareConfig],
 ) -> None:

@@ -146,9 +146,7 @@ def test_what_is_left_out_and_why(config: Callable[..., PrepareConfig], tmp_path
     assert sum(source.values()) == 2  # with the line that is no JSON
     drawn = counts["left_out_of_drawn"]["rows"]
     assert drawn.pop("more than max_tokens tokens") == 1
-    assert [n for reason, n in drawn.items() if "no form for a turn of role 'tool'" in reason] == [
-        1
-    ]
+    assert [n for reason, n in drawn.items() if "no template for the role 'tool'" in reason] == [1]
     taken = sorted(row["row"] for row in rows_of(result["output"], "train"))
     assert taken == [0, 1, 3, 4, 6, 7, 8]
     assert counts["rows"] == len(rows)

@@ -151,6 +151,7 @@ def test_resume_needs_the_same_settings_and_source(
         prepare(config(source=str(copy)), resume=True)
 
 
+@pytest.mark.slow
 def test_no_room_leaves_what_there_is(
     config: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ def test_files_of_an_earlier_version_are_refused_and_swept(
 # --- the hub --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_hub_is_streamed_at_one_commit(
     config: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +247,7 @@ assert result["rows"] == 1000
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_stream_ends_its_process_well(
     config: Callable[..., PrepareConfig], tmp_path: Path
 ) -> None:

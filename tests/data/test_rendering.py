@@ -210,7 +210,10 @@ def test_the_parts_meet_where_the_response_begins() -> None:
         ("hello", "expected a list of turns, got str"),
         ([], "expected a list of turns, got an empty conversation"),
         (conversation()[:1], "expected a turn of the assistant, got none"),
-        (conversation() * 2, "expected two turns (prompt, response), got 4 turn(s): user, assist"),
+        (
+            conversation() * 2,
+            "expected a user turn, then an assistant turn; got the roles user, assist",
+        ),
         (["a", "b"], "turn 1: expected an object with 'role' and 'content', or 'from' and 'value'"),
         (conversation(names=("gpt", "human")), "turn 1 is from 'gpt'; a conversation of two turns"),
         (conversation(names=("system", "human")), "turn 1 is from 'system'"),

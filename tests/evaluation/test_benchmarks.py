@@ -339,6 +339,7 @@ _Loose.add_constructor("!function", _scalar)
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=60)
 
 
+@pytest.mark.quick("replacement")
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("mode", ["replacement", "target"])
 def test_lm_evals_own_model_gives_the_same_results(

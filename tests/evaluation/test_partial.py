@@ -43,6 +43,7 @@ def configurations(n_layers: int) -> dict[Family, list[list[bool]]]:
     }
 
 
+@pytest.mark.quick("gemma2")
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
 def test_equals_one_model_after_another(
     architecture: str, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path

@@ -89,6 +89,7 @@ def test_held_out_prompts_are_the_first_tokens_of_their_conversations(tokenizer:
         assert think not in plain.ids
 
 
+@pytest.mark.slow
 def test_the_target_goes_on_as_if_it_had_opened_its_reasoning_itself(
     tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def test_rows_without_a_domain_and_without_conversations(tokenizer: Any, tmp_pat
     path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
     assert load_prompts(Source(str(path)), tokenizer, "r1-distill", 5)[0].domain is None
     path.write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no conversation; give another one"):
+    with pytest.raises(UserError, match="holds no conversation that can be read"):
         load_prompts(Source(str(path)), tokenizer, "r1-distill", 5)
     path.write_text(json.dumps({"conversations": turns[:1]}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"some\.jsonl, line 1: conversations: expected a turn of"):

@@ -103,6 +103,7 @@ def test_files_are_drawn(tmp_path: Path) -> None:
     assert page.count("<svg ") == len(drawn)
 
 
+@pytest.mark.quick("skyline")
 @pytest.mark.parametrize("name", ["skyline", "l0_10%"])
 def test_one_model_alone_can_be_drawn(name: str, tmp_path: Path) -> None:
     result = synthetic_result()
@@ -148,6 +149,7 @@ def test_underscores_at_the_ends_of_words_are_escaped_in_markdown() -> None:
     assert "| top_1 | - |" in text
 
 
+@pytest.mark.slow
 def test_tables_fit_a_page_of_1300_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """28 layers, long names, and every column; the control cannot break its lines."""
     monkeypatch.setattr(results, "LAYERS", 28)

@@ -135,6 +135,7 @@ def greedy_by_full_forwards(model: Any, prompt: Sequence[int], n: int, eos: int)
     return ids[len(prompt) :]
 
 
+@pytest.mark.quick("continuous")
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) -> None:
     """For 50 prompts of the embedded pair, with adapters of random decoders."""

@@ -70,6 +70,7 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
     return actual
 
 
+@pytest.mark.slow
 def test_agreements_equal_those_of_sorting(run: Path) -> None:
     calls: list[tuple[int, int]] = []
     config = OverlapConfig(batch_tokens=500, features_at_once=5)

@@ -145,6 +145,7 @@ SORTS: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_the_list_is_sorted(browser: Any, store: Store, file: str) -> None:
     tab = open_site(browser, file, "#/?q=nobodysaysthis")
     tab.marked("whole")
@@ -163,6 +164,7 @@ def test_the_list_is_sorted(browser: Any, store: Store, file: str) -> None:
     assert tab.complaints == []
 
 
+@pytest.mark.quick("file")
 def test_keys_lead_from_the_list_to_a_page_and_back(browser: Any, address: str) -> None:
     tab = open_site(browser, address)
     page = tab.page
@@ -251,6 +253,7 @@ def test_a_dead_unit_has_a_page(browser: Any, store: Store, file: str) -> None:
     assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_another_kind_of_unit_is_shown(browser: Any, file: str) -> None:
     tab = open_site(browser, file)
     links = tab.page.locator("#kinds a")
@@ -267,6 +270,7 @@ def test_another_kind_of_unit_is_shown(browser: Any, file: str) -> None:
     assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_filters_without_a_match_are_reset(browser: Any, file: str) -> None:
     tab = open_site(browser, file, "#/?q=nobodysaysthis&dead=1&layer=2&sort=max")
     tab.marked("whole")
@@ -278,7 +282,8 @@ def test_filters_without_a_match_are_reset(browser: Any, file: str) -> None:
     assert tab.complaints == []
 
 
-@pytest.mark.parametrize("width", [pytest.param(1300, marks=pytest.mark.slow), 430])
+@pytest.mark.quick("430")
+@pytest.mark.parametrize("width", [1300, 430])
 def test_nothing_is_wider_than_the_window(browser: Any, file: str, width: int) -> None:
     tab = open_site(browser, file, width=width)
     for fragment in ("#/1/17", "#/?q=nobodysaysthis", "#/2/3"):

@@ -99,6 +99,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_as_text(browser: Any, hostile: Path) -> None:
     assert len(HOSTILE) >= 20
     address = (hostile / "index.html").as_uri()

@@ -224,6 +224,7 @@ def test_an_export_is_served_without_its_store(store: Store, tmp_path: Path) -> 
     assert answer.endswith((site / "index.html").read_bytes())
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_quietly(store: Store) -> None:
     code = (  # processes that a shell starts in the background ignore SIGINT by default
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

@@ -112,7 +112,7 @@ def test_questions_without_an_answer(made_run: Path) -> None:
         ask("4 " * 5000)
     with pytest.raises(UserError, match="give --token too"):
         Question(against="4")
-    with pytest.raises(UserError, match="expected one of --token, --feature, --direction"):
+    with pytest.raises(UserError, match="expected at most one of --token, --feature, --direction"):
         Question(token="4", feature="0/1")
     with pytest.raises(UserError, match="expected float32 or float64, got bfloat16"):
         explain(str(made_run), PROMPT, Question(), GraphConfig(), none, dtype="bfloat16")

@@ -98,6 +98,7 @@ def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> N
         assert plan.without_recompute > plan.phases["edges"]
 
 
+@pytest.mark.slow
 def test_larger_graphs_need_more(model: ReplacementModel) -> None:
     pair = PairConfig("target", "base", dtype="float32")
     none = EvidenceConfig(ablations=0)  # whose copies of the text would be the peak

@@ -173,6 +173,7 @@ def test_features_resolve_to_their_pages(browser: Any, run: Path, graph: Any, fi
         tab.page.context.close()
 
 
+@pytest.mark.slow
 def test_keys_pins_and_groups_are_in_the_address(browser: Any, graph: Any, file: str) -> None:
     tab = opened(browser, file)
     page = tab.page
@@ -251,12 +252,14 @@ def test_texts_are_not_markup(browser: Any, file: str) -> None:
     assert tab.complaints == []
 
 
+@pytest.mark.quick("430")
 @pytest.mark.parametrize("width", [1300, 430])
 def test_nothing_is_wider_than_the_window(browser: Any, file: str, width: int) -> None:
     tab = opened(browser, file, "#/0?nodes=100&edges=100&node=3&pins=3.4.5", width=width)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_several_graphs_without_features_on_a_server(browser: Any, tmp_path: Path) -> None:
     names = [write_document(tmp_path / f"{i}.json", seed=i) for i in range(2)]
     target = make_document(stream="target", logits=[[]])

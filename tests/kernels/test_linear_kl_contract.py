@@ -42,15 +42,10 @@ def example(
 # Registration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grads",
-    [
-        (True, True),
-        *(
-            pytest.param(grads, marks=pytest.mark.slow)
-            for grads in [(False, True), (True, False), (False, False)]
-        ),
-    ],
+    [(True, True), (False, True), (True, False), (False, False)],
 )
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
 def test_opcheck(implementation: str, grads: tuple[bool, bool], device: str) -> None:
@@ -231,6 +226,7 @@ def peak_bytes(function: Any) -> int:
     return peak
 
 
+@pytest.mark.quick("3-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("S", [1, 3])
 def test_peak_memory_is_two_chunks_of_logits(S: int, dtype: torch.dtype) -> None:

@@ -321,6 +321,7 @@ def test_the_backward_saves_neither_stream_and_only_if_needed(
         assert not nmse(x, target, implementation=implementation).nmse.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x_grad", [True, False])
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
 def test_opcheck(implementation: str, x_grad: bool, device: str) -> None:

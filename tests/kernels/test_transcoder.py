@@ -149,6 +149,16 @@ def away_from_kinks(activation: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise AssertionError("no draw is away from the kinks")
 
 
+@pytest.mark.quick(
+    "reference-None-relu",
+    "reference-None-batch_topk",
+    "sparse-None-relu",
+    "sparse-None-topk",
+    "sparse-None-batch_topk",
+    "sparse-None-jumprelu",
+    "sparse-plan2-relu",
+    "sparse-plan4-topk",
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None) -> None:

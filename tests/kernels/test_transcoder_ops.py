@@ -207,16 +207,8 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
             assert torch.equal(a, b), name
 
 
-#: One variant per activation in `make test`; opcheck takes seconds for each.
-CHECKED = [
-    variant
-    if isinstance(variant, tuple) and variant[::2] == ("sparse", None)
-    else pytest.param(*getattr(variant, "values", variant), marks=pytest.mark.slow)
-    for variant in VARIANTS
-]
-
-
-@pytest.mark.parametrize(("implementation", "activation", "plan"), CHECKED)
+@pytest.mark.quick("sparse-jumprelu-None")
+@pytest.mark.parametrize(("implementation", "activation", "plan"), VARIANTS)
 def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) -> None:
     device = place(implementation)
     tensors = leaves(activation, tokens=5, device=device)
@@ -299,6 +291,7 @@ def test_backward_on_codes_is_cheap() -> None:
     assert flops[False] < 0.03 * flops[True]
 
 
+@pytest.mark.slow
 def test_no_dense_tensor_is_saved() -> None:
     tensors = leaves(device=place("triton"))
     sizes: list[int] = []
@@ -339,6 +332,7 @@ def test_frozen_weights_cost_no_gradient_products() -> None:
     }
 
 
+@pytest.mark.quick("sparse-jumprelu-None")
 @pytest.mark.parametrize(
     ("implementation", "activation", "plan"),
     [

@@ -84,13 +84,10 @@ def save_multimodal(save_model: Callable[..., str]) -> Callable[..., list[Path]]
 
 
 CASES = [*((a, False) for a in MULTIMODAL), *((a, True) for a in OLDER)]
-QUICK = [("gemma3", False), ("gemma4", False), ("qwen3_5", False), ("llava", True)]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "older"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES],
-)
+@pytest.mark.quick("gemma3-False", "gemma4-False", "qwen3_5-False", "llava-True")
+@pytest.mark.parametrize(("architecture", "older"), CASES)
 def test_the_text_model_of_a_multimodal_checkpoint(
     architecture: str, older: bool, save_multimodal: Callable[..., list[Path]]
 ) -> None:

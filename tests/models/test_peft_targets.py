@@ -93,6 +93,15 @@ ALL = [("llama", kind) for kind in KINDS] + [("qwen2", "lora"), ("gemma2", "dora
 ALL += [("phi3", "lora"), ("phi3", "dora")]  # one layer for q, k and v, and one for gate and up
 
 
+@pytest.mark.quick(
+    "llama-lora",
+    "llama-dora",
+    "llama-saved modules",
+    "llama-tokens, tied",
+    "qwen2-lora",
+    "gemma2-dora",
+    "phi3-lora",
+)
 @pytest.mark.parametrize(("architecture", "kind"), ALL)
 def test_a_peft_target_equals_the_merged_checkpoint(
     architecture: str,
@@ -144,6 +153,7 @@ def test_base_weights_are_in_memory_once(kind: str, save_peft: Callable[..., Any
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.quick("lora")
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved modules"])
 def test_the_plan_counts_them_once(kind: str, save_peft: Callable[..., Any]) -> None:
     target, base, _ = save_peft("llama", KINDS[kind][0])

@@ -98,6 +98,7 @@ print(json.dumps([Qwen2ForCausalLM.__name__, version, spec.origin, folders]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "present",
     [pytest.param(True, marks=pytest.mark.slow, id="present"), pytest.param(False, id="absent")],

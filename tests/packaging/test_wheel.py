@@ -68,6 +68,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_works_beside_hugging_faces_kernels(
     run: Callable[..., str], installed: Path, tmp_path: Path
 ) -> None:

@@ -126,18 +126,8 @@ def test_saving_again_changes_no_logits(
         assert torch.equal(loaded(IDS).logits, again(IDS).logits)
 
 
-#: The others have the attention and MLPs of one of these.
-QUICK = {"qwen2", "gemma3_text", "phi3"}
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK))
-        for a, paths in ARCHITECTURES.items()
-        if paths.paged
-    ],
-)
+@pytest.mark.quick("qwen2", "gemma3_text")
+@pytest.mark.parametrize("architecture", [a for a, paths in ARCHITECTURES.items() if paths.paged])
 def test_generate_batch_gives_the_tokens_of_generate(
     architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
 ) -> None:

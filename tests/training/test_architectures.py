@@ -18,13 +18,10 @@ from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 
 #: The plainest block, and the one with the most norms; `make proof` trains the others.
-QUICK = {"qwen2", "gemma3_text"}
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK)) for a in ARCHITECTURES],
-)
+@pytest.mark.quick("qwen2")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_run_of_each(
     architecture: str,
     tiny_pair: Path,

@@ -183,6 +183,7 @@ def test_workers_end_with_the_feed(make_feed: Callable[..., StepData]) -> None:
     feed.close()
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_writes_the_same_bits(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -77,13 +77,8 @@ def test_the_tracker_adds_the_workspace_of_an_op() -> None:
     assert live.alive_of(torch.ops.aten.mul.Tensor) == b.nbytes
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "attention",
-        *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("none", "mlp", "full")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["attention", "none", "mlp", "full"])
 def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """At the 7B pair's width, 10,000 tokens: at most 2% above, beside what ops allocate inside."""
     config = run_config(policy)
@@ -183,7 +178,8 @@ def measure(
     return forward, backward
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.quick("1")
+@pytest.mark.parametrize("n_layers", [1, 2, 7])
 def test_any_depth_is_planned(n_layers: int) -> None:
     """Models of fewer layers than the measured ones, and of more."""
     config = run_config("attention")

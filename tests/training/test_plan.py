@@ -60,6 +60,7 @@ def test_weights_and_moments_are_counted_to_the_byte(
     assert planned.tokens_per_sequence == longest
 
 
+@pytest.mark.slow
 def test_saved_for_the_backward_pass(tiny_config: Callable[..., TrainConfig]) -> None:
     """The planned saved tensors bound those that torch's hooks see in a forward pass."""
     from fastadapt.objective import objective

@@ -234,6 +234,7 @@ def test_a_broken_step_leaves_no_expectation(
     assert run.planner.expected == expected
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_with_plans(
     planned: Callable[..., TrainingRun], tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -282,6 +283,7 @@ def few(
     return make
 
 
+@pytest.mark.slow
 @interpreted
 def test_training_on_the_kernels_equals_training_on_the_cpu(
     few: Callable[..., TrainingRun],

@@ -122,7 +122,8 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
         assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["relu", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["relu", "mlp"])
 def test_two_ranks_from_the_command_line(
     written: Callable[..., str], tmp_path: Path, kind: str
 ) -> None:

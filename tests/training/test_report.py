@@ -153,6 +153,7 @@ def _dead_in_training(folder: Path) -> tuple[str, list[str]]:
     return column[0], column[1:]
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("summary", [True, False])
 def test_dead_in_training_names_its_window(tmp_path: Path, summary: bool) -> None:
     head, cells = _dead_in_training(write_run(tmp_path / "run", summary=summary))
@@ -275,6 +276,7 @@ def test_numbers_read_well(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
+@pytest.mark.slow
 def test_many_layers_are_small_multiples_with_one_colour_scale(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run", layers=28, steps=100)).read_text("utf-8")
     _Page(html)

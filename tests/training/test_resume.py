@@ -73,12 +73,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 #: Variants that share their resumption with a quick one.
-SLOW = {"topk", "bfloat16 alone", "no checkpointing of blocks", "mlp", "norms"}
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW)) for v in VARIANTS]
-)
+@pytest.mark.quick("bfloat16 on masters", "accumulation and epochs", "packed, with workers")
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_and_resumed(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, variant: str
 ) -> None:

@@ -27,6 +27,7 @@ def setup_of(target: object, n_features: int, tokens: int) -> Setup:
     return Setup(target, pair, AdapterConfig(n_features), ObjectiveConfig(), 2, tokens)
 
 
+@pytest.mark.slow
 def test_the_share_is_the_rate_of_a_real_step() -> None:
     """The same step, timed here: the rates differ by noise."""
     from transformers import AutoConfig

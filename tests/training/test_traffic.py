@@ -96,6 +96,7 @@ def whole(setup: Setup, fused: bool) -> tuple[Counter[str], Counter[str]]:
     return launches, moved
 
 
+@pytest.mark.quick("fused")
 @pytest.mark.parametrize(
     ("fused", "gigabytes", "launches"),
     [(True, 410, 3100), (False, 1150, 7600)],

@@ -422,6 +422,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
     assert train(tiny_config(), resume=True)["steps"] == 12
 
 
+@pytest.mark.quick("error1")
 @pytest.mark.parametrize(
     "error",
     [

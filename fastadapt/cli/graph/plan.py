@@ -126,9 +126,10 @@ def _setup(
         raise UserError(f"--tokens: expected 1 or more, got {tokens}")
     target = sources.configs(planned_config)[0]
     if tokens > (context := target.max_position_embeddings):
+        what, fewer = ("--tokens", "fewer") if prompt is None else ("prompt", "a shorter text")
         raise UserError(
-            f"prompt: expected at most {context:,} tokens, the model's context, got {tokens:,}; "
-            "give a shorter text"
+            f"{what}: expected at most {context:,} tokens, the model's context, got {tokens:,}; "
+            f"give {fewer}"
         )
     return GraphSetup(target, replace(pair, dtype=dtype), adapter, tokens, l0, stream)
 

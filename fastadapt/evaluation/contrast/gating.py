@@ -24,7 +24,7 @@ def gate_effects(
     n_texts: int,
     config: BootstrapConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return by model what the gate adds to its contrast, and to its distance from its reference.
+    """Return how the gate changes each model's contrast and its difference from the reference.
 
     Args:
         contrasts: contrast by model; column 0 is the set of words.

@@ -59,8 +59,8 @@ def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
             ends = step_ends([strings[i].strip() for i in text.ids[start:]])
         except UserError as error:
             raise UserError(
-                f"text {text.id} is no response of the embedded pair's generator: {error}; pass "
-                "--places words"
+                f"text {text.id} does not have the form of the embedded pair's texts: {error}; "
+                "pass --places words to select positions by words"
             ) from None
         right = tuple((t, start + end.position) for end in ends if end.slip is None)
         places += [
@@ -105,9 +105,9 @@ def word_sites(texts: Sequence[Text], words: Mapping[int, str]) -> WordSites:
     before = [(site, words[after]) for site, _, after in responses if after in words]
     if not before:
         raise UserError(
-            f"no response of {len(texts):,} texts has a word of the set "
-            f"({', '.join(sorted(set(words.values())))}), so no place is labelled; give more texts "
-            "(--n), other ones (--responses) or other words (--words)"
+            f"none of {len(texts):,} responses contains one of the words "
+            f"{', '.join(sorted(set(words.values())))}, so there is no position to compare; give "
+            "more texts (--n), other texts (--responses) or other words (--words)"
         )
     preceding = {token for _, token, after in responses if after in words}
     others = [s for s, token, after in responses if token in preceding and after not in words]

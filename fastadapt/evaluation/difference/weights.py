@@ -26,7 +26,7 @@ class Ranks(NamedTuple):
 
 
 def ranks(matrix: Tensor) -> Ranks:
-    """Return the ranks of a matrix ``[M, N]``, computed in float64 from its smaller Gram matrix.
+    """Return the stable and the effective rank of a matrix ``[M, N]``, computed in float64.
 
     Example:
         >>> [round(rank, 3) for rank in ranks(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])))]

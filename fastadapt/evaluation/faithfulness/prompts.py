@@ -142,6 +142,7 @@ def load_prompts(
         prompts.append(Prompt(str(row.number), list(ids), domain))
     if not prompts:
         raise UserError(
-            f"data source {source.name!r} holds no conversation; give another one (--texts.prompts)"
+            f"data source {source.name!r} holds no conversation that can be read "
+            f"({bad.counts.total():,} skipped); give another one (--texts.prompts)"
         )
     return prompts

@@ -218,7 +218,7 @@ class Draw:
         )
 
     def forget(self) -> None:
-        """Discard the stored key, so that :meth:`check` ignores earlier calls."""
+        """Clear the record of invalid logits, so that :meth:`check` ignores earlier calls."""
         self._broken.zero_()
 
 

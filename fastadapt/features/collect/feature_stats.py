@@ -37,7 +37,7 @@ _HALF_OCTAVE = math.floor((math.sqrt(2) - 1) * 2**23)
 
 
 class BatchTokens(NamedTuple):
-    """Where each token of a batch is in the texts, and its window: int64 ``[N]`` each."""
+    """Position in the texts, sampling hash and window of each token of a batch: int64 ``[N]``."""
 
     slot: Tensor  #: ``domain * SLOTS + slot``.
     place: Tensor  #: see :func:`fastadapt.features.collect.topk_buffer.place_of`.

@@ -20,7 +20,7 @@ _DTYPES = {torch.int64: "I64", torch.float32: "F32"}
 
 
 class Cursor(NamedTuple):
-    """Position in the texts: groups read, batches read of the next group, tokens read in total."""
+    """Position in the texts: row groups read, batches read of the next, tokens read in total."""
 
     group: int = 0
     batch: int = 0

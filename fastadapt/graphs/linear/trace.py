@@ -196,7 +196,10 @@ def record(
 
 
 def sources(model: ReplacementModel, layer: int, features: Features) -> list[Linear]:
-    """Return the linear layers of a block that add a bias or rank components to a state."""
+    """Return a block's linear layers that have a bias or, if ranks are the features, low rank.
+
+    Query and key projections are left out: the attention patterns are held constant.
+    """
     has_ranks = features == "ranks"
     return [
         linear

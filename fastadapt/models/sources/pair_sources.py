@@ -105,7 +105,7 @@ class Sources:
         return (config.base, config.base_revision) == (config.target, config.target_revision)
 
     def check_differ(self) -> None:
-        """Check, without reading weights, that target and base may have different MLPs.
+        """Raise an error if target and base are known to have equal MLPs; read no weights.
 
         Raises:
             UserError: both are the same model, or a PEFT target changes no MLP.

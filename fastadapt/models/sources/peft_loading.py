@@ -145,8 +145,8 @@ def load_pair(
     for what, odd in (("missing", missing), ("unexpected", loaded.unexpected_keys)):
         if odd:
             raise UserError(
-                f"target {folder.source}: {len(odd)} tensors of the adapter are {what}: "
-                f"{sorted(odd)[:3]}; save the adapter again with peft"
+                f"target {folder.source}: {len(odd)} tensors of the PEFT adapter are {what}: "
+                f"{sorted(odd)[:3]}; save the PEFT adapter again with peft"
             )
     for block in blocks:
         _convert(block, folder)

@@ -28,6 +28,7 @@ def files(folder: Path) -> dict[str, bytes]:
 CONFIG = DescribeConfig(units=6, samples=("top",))
 
 
+@pytest.mark.slow
 def test_planted_features_by_an_endpoint_and_no_key_on_disk(
     good: ChatServer, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelAct
     return store, ModelActivations(model, neurons_per_token=NEURONS, batch_tokens=300)
 
 
+@pytest.mark.quick("adapter")
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_are_those_of_the_collection(
     collected: tuple[Store, ModelActivations], kind: str
@@ -45,6 +46,7 @@ def test_positions_are_those_of_the_collection(
     assert all((r["text"], r["position"]) in result[r["layer"], r["feature"]] for r in examples)
 
 
+@pytest.mark.slow
 def test_features_and_neurons_are_described_side_by_side(
     collected: tuple[Store, ModelActivations],
 ) -> None:

@@ -34,6 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> StoreData:
     return planted(tmp_path_factory.mktemp("planted") / "features")
 
 
+@pytest.mark.quick("top-0", "uniform-0")
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_accuracy_of_planted_features(data: StoreData, sample: str, seed: int) -> None:
@@ -65,6 +66,7 @@ def test_random_features_have_an_accuracy_of_one_half(data: StoreData) -> None:
     assert abs(np.mean(right) - 0.5) <= 0.02
 
 
+@pytest.mark.slow
 def test_scored_texts_are_not_shown_and_silent_texts_are_silent(data: StoreData) -> None:
     config = DescribeConfig()
     drawn = draw(data.store, config, PlantedActivations(data))
@@ -140,6 +142,7 @@ def test_short_texts_and_dense_units(tmp_path: Path) -> None:
     assert sum(counts.values()) == 8
 
 
+@pytest.mark.slow
 def test_equal_settings_draw_equal_cases(data: StoreData) -> None:
     one = draw(data.store, DescribeConfig(seed=4), PlantedActivations(data))
     two = draw(data.store, DescribeConfig(seed=4), PlantedActivations(data))
@@ -225,6 +228,7 @@ def test_judgements_of_an_earlier_collection_are_removed(tmp_path: Path) -> None
     assert not read_judgements(again.store)["judges"]
 
 
+@pytest.mark.slow
 def test_judgements_of_other_judges_are_checked(tmp_path: Path) -> None:
     """They are checked by ``features check``, and before any question."""
     data = planted(tmp_path / "f", features=3, texts=60)

@@ -96,11 +96,9 @@ def test_overwriting_retains_only_sets_and_calls(run: Path, tmp_path: Path) -> N
     assert files == files_of(collected(run, tmp_path / "fresh", anew).folder)
 
 
+@pytest.mark.quick("0-True", "7-False")
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize(
-    "n_removed",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in (0, 3, 7))) for n in range(8)],
-)
+@pytest.mark.parametrize("n_removed", range(8))
 def test_killed_while_the_folder_is_cleared(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int, overwrite: bool
 ) -> None:
@@ -150,7 +148,8 @@ def shards(run: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / f"shard-{i}" for i in range(2)]
 
 
-@pytest.mark.parametrize("overwrite", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.quick("half a table-False")
+@pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("point", ["write_texts", "write_units", "write_manifest", "half a table"])
 def test_a_killed_merge_can_be_repeated(
     tmp_path: Path,

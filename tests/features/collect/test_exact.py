@@ -63,6 +63,7 @@ def test_everything_equals_a_loop_over_all_activations(run: Path, store: Store) 
     check_against_all(run, store, CONFIG)
 
 
+@pytest.mark.quick("batch_topk")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -81,6 +82,7 @@ def test_other_activations(tmp_path: Path, settings: dict[str, Any]) -> None:
     check_against_all(run, store, config)
 
 
+@pytest.mark.quick("target")
 @pytest.mark.parametrize("kind", ["base", "target"])
 def test_neurons(run: Path, tmp_path: Path, kind: Kind) -> None:
     config = CollectConfig(n=9, batch_tokens=400, kinds=("adapter", kind), top=5, uniform=3)
@@ -107,6 +109,7 @@ def test_bins_are_those_of_the_edges() -> None:
     assert bins_of(values).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Path) -> None:
     folders = [tmp_path / f"part-{i}" for i in range(3)]
     for i, folder in enumerate(folders):

@@ -51,6 +51,7 @@ def test_every_kernel_is_right_and_without_a_fault(tmp_path: Path) -> None:
     assert "kernels without a launch: none" in output
 
 
+@pytest.mark.slow
 def test_faults_are_reported(tmp_path: Path) -> None:
     output = execute(tmp_path, str(KERNELS / "test_faults.py"), "-k", FAULTS)
     assert "3 passed" in output

@@ -46,6 +46,7 @@ def test_bounds(
     assert [row["per_1000_tokens"] for row in result["rates"]] == [base, target]
 
 
+@pytest.mark.slow
 def test_every_model_responds_to_every_problem(tmp_path: Path) -> None:
     adapters = [TranscoderAdapter(128, AdapterConfig(n_features=16)) for _ in range(4)]
     pair = {"target": str(NAMES["organism/target"]), "base": str(NAMES["organism/base"])}
