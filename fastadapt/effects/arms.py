@@ -52,6 +52,7 @@ class Arm:
         features: number of features of the set.
         random: whether random features are changed.
         factor: factor of the features.
+        members: the features that are changed, one set per reader.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Arm:
     features: int | None = None
     random: bool = False
     factor: float | None = None
+    members: tuple[FeatureSet, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def arms_of(
                         len(features),
                         label != name,
                         change.factor,
+                        tuple(members),
                     )
                 )
     return arms
@@ -167,7 +170,7 @@ class _Source:
         return Arm(name, kind, (Reader(name, f"{name} {sha256}", opened),))
 
     def feature_set(self, pairs: Iterable[Pair], name: str) -> FeatureSet:
-        """Return features of the run's adapter as a set."""
+        """Return the given features of the run's adapter as a :class:`FeatureSet`."""
         shape = (self._run.model.n_layers, self._run.model.n_features)
         return FeatureSet.from_pairs(pairs, adapter=self._adapter, shape=shape, expression=name)
 

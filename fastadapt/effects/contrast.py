@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from fastadapt.data.tokens import check_ids
+from fastadapt.effects.activity import activity_of
 from fastadapt.effects.arms import Arm, arms_of
 from fastadapt.effects.requests import RUN
+from fastadapt.effects.trace import ADAPTER
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.gating import gate_effects
-from fastadapt.evaluation.contrast.measure import ENTROPY, Quantity, Reader, log_odds_of, read
+from fastadapt.evaluation.contrast.measure import Quantity, Reader, entropy_of, log_odds_of, read
 from fastadapt.evaluation.contrast.places import (
     Place,
     Site,
@@ -34,6 +36,7 @@ from fastadapt.evaluation.contrast.places import (
     slip_places,
     word_sites,
 )
+from fastadapt.evaluation.contrast.recognition import recognise
 from fastadapt.evaluation.contrast.report import contrast_figures, contrast_tables
 from fastadapt.evaluation.contrast.result import SCHEMA_VERSION, ContrastFile, Source
 from fastadapt.evaluation.contrast.summary import Contrast, groups_of, kinds_of, summarise
@@ -150,12 +153,13 @@ def contrast(
         draws=config.draws,
     )
     source = _source(run, responses) if config.places == "auto" else config.places
+    decoder = run.model.paths.decoder
     reading = _Reading(run, texts, folder / "read", config.batch_tokens, progress, stop)
     labelled = _labelled(reading, arms, source, config, strings, words)
     if labelled is None:
         return None
     sets = [[i for each in words.values() for i in each]]
-    quantity = log_odds_of([*sets, *words.values()] if len(words) > 1 else sets)
+    quantity = log_odds_of([*sets, *words.values()] if len(words) > 1 else sets, decoder)
     odds = {}
     for number, arm in enumerate(arms, 1):
         draws = []
@@ -166,6 +170,9 @@ def contrast(
                 return None
             draws.append(values)
         odds[arm.name] = torch.stack(draws)
+    activity = _activity(reading, arms, labelled.sites)
+    if activity is None:
+        return None
     result = {
         "schema_version": SCHEMA_VERSION,
         "pair": run.models.config.named,
@@ -181,6 +188,7 @@ def contrast(
         "places": _describe(labelled, source, texts, config.entropy, statistics),
         "notes": list(run.models.notes.values()),
         "models": _models(arms, odds, labelled, len(texts), list(words), statistics),
+        "recognition": _recognition(arms, activity, labelled, len(texts), statistics),
     }
     check(result, ContrastFile, RESULT)
     tables, figures = contrast_tables(result), contrast_figures(result)
@@ -263,6 +271,11 @@ class _Reading:
     progress: Progress
     stop: Event
 
+    @property
+    def decoder(self) -> str:
+        """Name of the decoder of the pair's models."""
+        return self.run.model.paths.decoder
+
     def __call__(
         self, reader: Reader, sites: Sequence[Site], quantity: Quantity, label: str
     ) -> Tensor | None:
@@ -272,7 +285,6 @@ class _Reading:
             sites,
             quantity,
             self.folder,
-            decoder=self.run.model.paths.decoder,
             batch_tokens=self.batch_tokens,
             progress=partial(self.progress, label),
             stop=self.stop,
@@ -298,18 +310,18 @@ def _labelled(
 ) -> _Labelled | None:
     """Return the places with their matched places; None if stopped."""
     (reader,) = next(arm.readers for arm in arms if arm.name == config.entropy)
-    label = f"entropy of the {config.entropy}"
+    label, quantity = f"entropy of the {config.entropy}", entropy_of(reading.decoder)
     if source == "slips":
         places = slip_places(reading.texts, strings)
         sites = sites_of(places)
-        entropy = reading(reader, sites, ENTROPY, label)
+        entropy = reading(reader, sites, quantity, label)
         if entropy is None:
             return None
         n_matched = sum(len(place.matched) for place in places)
         return _Labelled(places, sites, _by_site(sites, entropy), n_matched)
     of_words = word_sites(reading.texts, {i: w for w, ids in words.items() for i in ids})
     sites = sorted([*(site for site, _ in of_words.before), *of_words.others])
-    entropy = reading(reader, sites, ENTROPY, label)
+    entropy = reading(reader, sites, quantity, label)
     if entropy is None:
         return None
     by_site = _by_site(sites, entropy)
@@ -319,6 +331,22 @@ def _labelled(
 
 def _by_site(sites: Sequence[Site], values: Tensor) -> dict[Site, float]:
     return dict(zip(sites, values[:, 0].tolist(), strict=True))
+
+
+def _activity(
+    reading: _Reading, arms: Sequence[Arm], sites: Sequence[Site]
+) -> dict[str, Tensor] | None:
+    """Return the activity ``[draws, S]`` of each removed set in the adapter; None if stopped."""
+    removed = [arm for arm in arms if arm.kind == "ablate"]
+    if not removed:
+        return {}
+    (reader,) = next(arm.readers for arm in arms if arm.name == ADAPTER)
+    quantity = activity_of(reading.run.model, [s for arm in removed for s in arm.members])
+    values = reading(reader, sites, quantity, "activity of the sets")
+    if values is None:
+        return None
+    parts = values.T.split([len(arm.members) for arm in removed])
+    return {arm.name: part for arm, part in zip(removed, parts, strict=True)}
 
 
 # --- contents of contrast.json --------------------------------------------------------------------
@@ -389,3 +417,25 @@ def _models(
             }
         )
     return listed
+
+
+def _recognition(
+    arms: Sequence[Arm],
+    activity: Mapping[str, Tensor],
+    labelled: _Labelled,
+    n_texts: int,
+    statistics: BootstrapConfig,
+) -> list[dict[str, Any]]:
+    """Return the section ``recognition``."""
+    rows = rows_of(labelled.places, labelled.sites)
+    numbers = recognise(activity, labelled.places, rows, labelled.sites, n_texts, statistics)
+    return [
+        {
+            "set": arm.set_name,
+            "random": arm.random,
+            "features": arm.features,
+            "kinds": numbers[arm.name],
+        }
+        for arm in arms
+        if arm.name in numbers
+    ]

@@ -205,7 +205,7 @@ class Leaves:
 
 @torch.no_grad()
 def add_edges(trace: Trace, leaves: Leaves, into: Tensor, grads: BlockGradients) -> None:
-    """Write the edges from the leaves of one block, and at block 0 from tokens, into rows.
+    """Fill the columns of ``into`` for the leaves of one block; at block 0 also for the tokens.
 
     Args:
         trace: the trace.

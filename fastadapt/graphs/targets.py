@@ -39,7 +39,7 @@ class LogitTarget(Target):
     softcap: float | None = None
 
     def measure(self, state: Tensor) -> Tensor:
-        """Return the combination of states ``[..., D]`` after the final norm, soft cap included."""
+        """Return the target's combination of logits for final-norm states ``[..., D]``, capped."""
         if self.softcap is None:
             return super().measure(state)
         logits = _capped(state @ self.head.T.to(state), self.softcap)

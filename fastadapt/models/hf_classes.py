@@ -125,7 +125,7 @@ def register() -> None:
 
 
 def _register_tokenizer(architecture: str, config: type) -> None:
-    """Register the architecture's tokenizer class for its ``model_type`` with adapters.
+    """Let ``AutoTokenizer`` use the architecture's tokenizer class for models with adapters.
 
     transformers chooses the class by ``model_type``, even if the checkpoint names another class.
     """

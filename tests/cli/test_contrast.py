@@ -70,6 +70,10 @@ def test_slips_are_contrasted_with_right_steps(
             assert values["difference"]["mean"] == pytest.approx(difference)
     assert f"{100 * numbers['target']['labelled']['mean']:.1f}% [" in outcome.out
     assert "P(wait): slips with a wrong operation" in outcome.out
+    sets = [(each["set"], each["random"]) for each in result["recognition"]]
+    assert sets == [("0/5,2/9", False), ("0/5,2/9", True)]
+    assert set(result["recognition"][0]["kinds"]) == {"all", "operation", "result"}
+    assert "Activity of the features against the labels" in outcome.out
     for name in ("contrast.json", "tables.md", "tables.tex", "plots", "report.html"):
         assert f"{name}: {(run / 'contrast' / name).resolve()}\n" in outcome.out
         assert (run / "contrast" / name).exists()
@@ -77,7 +81,7 @@ def test_slips_are_contrasted_with_right_steps(
     # The same command reads the stored values, and no model.
     import fastadapt.evaluation.contrast.measure as measure
 
-    monkeypatch.setattr(measure, "_read", None)
+    monkeypatch.setattr(measure, "batch_of", None)
     assert fastadapt(*command).code == 0
     assert read_json(run / "contrast") == result
 

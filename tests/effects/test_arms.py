@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from by_hand import ByHand, F, L, TinyRun, models_by_hand, random_adapters
 
+from fastadapt.effects.activity import activity_of
 from fastadapt.effects.arms import arms_of
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.measure import log_odds_of, read
@@ -65,7 +67,7 @@ def test_probabilities_equal_those_by_hand(
     assert {arm.name for arm in arms} == expected.keys()
     for arm in arms:
         (reader,) = arm.readers
-        odds = read(reader, texts, sites, log_odds_of([words]), tmp_path, decoder="model")
+        odds = read(reader, texts, sites, log_odds_of([words], "model"), tmp_path)
         assert odds is not None
         for (t, position), value in zip(sites, odds[:, 0].tolist(), strict=True):
             with torch.no_grad():
@@ -76,6 +78,44 @@ def test_probabilities_equal_those_by_hand(
     # The models differ, and an intervention leaves the run as it was.
     assert len({arm.readers[0].fingerprint for arm in arms}) == len(arms)
     assert [mlp.adapter for mlp in run.model.mlps] == list(run.model.adapters)
+
+
+def test_activity_equals_that_by_hand(
+    tiny_run: TinyRun, tmp_path: Path, float64_clean: None
+) -> None:
+    """Batches are padded; by hand, each text alone goes through the adapters' own formula."""
+    run = load_run(tiny_run.folder, dtype="float64", device="cpu")
+    draw = torch.Generator().manual_seed(3)
+    texts = [
+        Text(f"t{i}", torch.randint(3, 40, (n,), generator=draw).tolist(), 1)
+        for i, n in enumerate((9, 5, 12))
+    ]
+    sites = [(t, p) for t, text in enumerate(texts) for p in range(len(text.ids))]
+    arms = arms_of(run, [SET], base=False, factors=[], scales=[], draws=0)
+    (chosen,) = next(arm.members for arm in arms if arm.kind == "ablate")
+    (reader,) = next(arm.readers for arm in arms if arm.name == "adapter")
+    got = read(reader, texts, sites, activity_of(run.model, [chosen, ~chosen]), tmp_path)
+    assert got is not None
+    expected = []
+    for text in texts:
+        total = torch.zeros(len(text.ids), 2, dtype=torch.float64)
+        with reader.opened() as model, ExitStack() as hooks:
+            inputs: list[torch.Tensor] = []
+            for adapter in run.model.adapters:
+                handle = adapter.register_forward_pre_hook(
+                    lambda _, x, into=inputs: into.append(x[0])
+                )
+                hooks.callback(handle.remove)
+            with torch.no_grad():
+                model(torch.tensor([text.ids]))
+            adapter: Any
+            for layer, (x, adapter) in enumerate(zip(inputs, run.model.adapters, strict=True)):
+                a = (x[0] @ adapter.W_enc.T + adapter.b_enc).relu() * adapter.W_dec.norm(dim=1)
+                is_chosen = torch.tensor([(layer, i) in chosen for i in range(a.shape[1])])
+                total += torch.stack([a[:, is_chosen].sum(1), a[:, ~is_chosen].sum(1)], 1)
+        expected.append(total)
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-12, atol=1e-12)
+    assert (got[:, 0] > 0).any()
 
 
 def test_references(tiny_run: TinyRun) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.matching import Candidates, match
-from fastadapt.evaluation.contrast.measure import ENTROPY, Reader, log_odds_of, read
+from fastadapt.evaluation.contrast.measure import Reader, entropy_of, log_odds_of, read
 from fastadapt.evaluation.contrast.places import (
     Place,
     Rows,
@@ -55,15 +55,16 @@ def test_values_equal_plain_softmax(
     sites = [(0, 0), (0, 4), (1, 9), (1, 10), (3, 2), (4, 5)]
     sets = [[3, 8, 21], [3], [39]]
     reader = reader_of("m", model)
-    for quantity in (log_odds_of(sets), ENTROPY):
-        values = read(reader, texts, sites, quantity, tmp_path, decoder="model", batch_tokens=20)
+    entropy = entropy_of("model")
+    for quantity in (log_odds_of(sets, "model"), entropy):
+        values = read(reader, texts, sites, quantity, tmp_path, batch_tokens=20)
         assert values is not None
         for (t, position), row in zip(sites, values, strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([texts[t].ids])).logits[0, position]
             p = [math.exp(x) for x in logits.tolist()]
             p = [x / math.fsum(p) for x in p]
-            if quantity is ENTROPY:
+            if quantity is entropy:
                 expected = [-math.fsum(x * math.log(x) for x in p)]
                 got = row.tolist()
             else:
@@ -85,9 +86,8 @@ def test_a_stopped_reading_is_resumed(
             reader_of(name, model),
             texts,
             places,
-            log_odds_of([[3]]),
+            log_odds_of([[3]], "model"),
             tmp_path,
-            decoder="model",
             batch_tokens=12,
             **settings,
         )
@@ -150,7 +150,7 @@ def test_a_planted_effect_is_seen_and_its_control_is_not(
     contrasts = {}
     for name, strength in {"target": 5.0, "hybrid": 0.0, "part": 1.0}.items():
         reader = reader_of(name, planted(model, strength))
-        odds = read(reader, texts, sites, log_odds_of([[WORD]]), tmp_path, decoder="model")
+        odds = read(reader, texts, sites, log_odds_of([[WORD]], "model"), tmp_path)
         assert odds is not None
         contrasts[name] = Contrast.of_draws(odds[None], rows)
     references = {"part": "target"}
@@ -291,7 +291,7 @@ def test_places_before_words() -> None:
     sites = word_sites(texts, {7: "wait", 8: "hmm"})
     assert sites.before == [((0, 2), "hmm"), ((0, 4), "wait"), ((1, 0), "hmm")]
     assert sites.others == [(0, 6)]
-    with pytest.raises(UserError, match=r"no response of 2 texts has a word .*\(no\)"):
+    with pytest.raises(UserError, match="none of 2 responses contains one of the words no"):
         word_sites(texts, {30: "no"})
     two = [*texts, Text("c", [9, 5, 9, 5, 9, 5], prompt_length=1)]
     sites = word_sites(two, {7: "wait", 8: "hmm"})
@@ -320,5 +320,5 @@ def test_places_of_slips() -> None:
     assert strings[ids[12]] == "wait"
     with pytest.raises(UserError, match=r"no slip in 1 texts.*--places words"):
         slip_places([Text("a", ids[22:], 0)], spaced)
-    with pytest.raises(UserError, match="text b is no response of the embedded pair's generator"):
+    with pytest.raises(UserError, match="text b does not have the form of the embedded pair's texts"):
         slip_places([Text("b", ids[12:], 0)], spaced)

@@ -234,7 +234,7 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the files of the unfinished pass from the folder.
+    """Remove the saved progress of the selection, which only ``--resume`` reads.
 
     The settings are removed last: while a file is left, the selection counts as unfinished, and
     ``--resume`` removes the rest.

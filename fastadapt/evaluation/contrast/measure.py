@@ -1,4 +1,4 @@
-"""Read models at places of texts: the log-odds of sets of tokens, and the entropy.
+"""Read models at places of texts: log-odds of sets of tokens, entropy, or any quantity.
 
 Every model is a transformers model and is called through its own forward. The states at the places
 alone go through the head. S sites, K sets of tokens, V vocabulary.
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -49,16 +50,21 @@ class Quantity(NamedTuple):
     Attributes:
         key: name and arguments, which select the stored file.
         width: number of values per place.
-        compute: returns the values ``[n, width]`` of float64 logits ``[n, V]``.
+        compute: given the model, a batch on its device and the positions in each text, returns the
+            values ``[n, width]`` in the order of the positions.
     """
 
     key: tuple[object, ...]
     width: int
-    compute: Callable[[Tensor], Tensor]
+    compute: Callable[[Any, Batch, Sequence[Sequence[int]]], Tensor]
 
 
-def log_odds_of(sets: Sequence[Sequence[int]]) -> Quantity:
-    """Return the log-odds ``log P(set) - log P(not in set)`` of sets of token ids."""
+def log_odds_of(sets: Sequence[Sequence[int]], decoder: str) -> Quantity:
+    """Return the log-odds ``log P(set) - log P(not in set)`` of sets of token ids.
+
+    ``decoder`` is the name of the model's decoder, see
+    :class:`fastadapt.models.pretrained.Paths`.
+    """
 
     def compute(logits: Tensor) -> Tensor:
         columns = []
@@ -68,7 +74,8 @@ def log_odds_of(sets: Sequence[Sequence[int]]) -> Quantity:
             columns.append(logits[:, index].logsumexp(1) - others.logsumexp(1))
         return torch.stack(columns, 1)
 
-    return Quantity(("log-odds", tuple(map(tuple, sets))), len(sets), compute)
+    key = ("log-odds", tuple(map(tuple, sets)))
+    return Quantity(key, len(sets), partial(_predict, decoder, compute))
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -76,8 +83,9 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).nansum(1, keepdim=True)
 
 
-#: Entropy of the next-token distribution, in nats.
-ENTROPY = Quantity(("entropy",), 1, _entropy)
+def entropy_of(decoder: str) -> Quantity:
+    """Return the entropy of the next-token distribution, in nats; see :func:`log_odds_of`."""
+    return Quantity(("entropy",), 1, partial(_predict, decoder, _entropy))
 
 
 def read(
@@ -87,7 +95,6 @@ def read(
     quantity: Quantity,
     folder: Path,
     *,
-    decoder: str,
     batch_tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
@@ -100,7 +107,6 @@ def read(
         sites: distinct places, sorted.
         quantity: what is read.
         folder: stores one file, and until all is read one file per batch.
-        decoder: name of the model's decoder, see :class:`fastadapt.models.pretrained.Paths`.
         batch_tokens: tokens of a batch, padding included.
         progress: called with (completed batches, total batches).
         stop: set it to stop after the current batch.
@@ -127,7 +133,7 @@ def read(
         with reader.opened() as model:
             for i, _ in iter_missing({reader.name: store}, 1, progress, stop):
                 batch = batch_of(used, batches[i]).to(model.device)
-                values = _read(model, decoder, batch, [positions[j] for j in batches[i]], quantity)
+                values = quantity.compute(model, batch, [positions[j] for j in batches[i]])
                 check_finite(reader.name, values, [used[j].id for j in batches[i]])
                 store.add(i, {"values": values.cpu()})
     if store.missing():
@@ -137,9 +143,14 @@ def read(
 
 
 @torch.no_grad()
-def _read(
-    model: Any, decoder: str, batch: Batch, positions: Sequence[Sequence[int]], quantity: Quantity
+def _predict(
+    decoder: str,
+    compute: Callable[[Tensor], Tensor],
+    model: Any,
+    batch: Batch,
+    positions: Sequence[Sequence[int]],
 ) -> Tensor:
+    """Return ``compute(logits)`` of the float64 logits ``[n, V]`` at positions of a batch."""
     states = getattr(model, decoder)(
         input_ids=batch.input_ids, attention_mask=batch.model_mask, use_cache=False
     ).last_hidden_state
@@ -151,5 +162,5 @@ def _read(
     values = []
     for chunk in states[row, position].to(wide).split(_CHUNK):
         logits = (chunk @ head.T).double()
-        values.append(quantity.compute(logits if cap is None else cap * torch.tanh(logits / cap)))
+        values.append(compute(logits if cap is None else cap * torch.tanh(logits / cap)))
     return torch.cat(values)

@@ -31,7 +31,9 @@ def contrast_tables(result: Mapping[str, Any]) -> list[Table]:
     tables = [_contrasts(result, kind) for kind in kinds]
     if all("gate" in model for model in result["models"]):
         tables.append(_gating(result))
-    return [*tables, _by_word(result)] if len(result["words"]) > 1 else tables
+    if len(result["words"]) > 1:
+        tables.append(_by_word(result))
+    return [*tables, _recognised(result)] if result.get("recognition") else tables
 
 
 def _contrasts(result: Mapping[str, Any], kind: str) -> Table:
@@ -148,6 +150,44 @@ def _by_word(result: Mapping[str, Any]) -> Table:
     ]
     head = [f"{word}, {group}" for word in words for group in ("labelled", "matched")]
     return Table("P(word) at labelled and at matched places", ["model", *head], rows)
+
+
+def _recognised(result: Mapping[str, Any]) -> Table:
+    kinds = list(result["places"]["labelled"])
+    rows = [
+        [
+            f"random like {each['set']}" if each["random"] else each["set"],
+            number(each["features"]),
+            kind,
+            *(
+                shown(each["kinds"][kind][key], percent)
+                for key in ("recall", "active_matched", "precision")
+            ),
+            percent(each["kinds"][kind]["labelled_share"]),
+            shown(each["kinds"][kind]["ranking"], percent),
+        ]
+        for kind in kinds
+        for each in result["recognition"]
+    ]
+    return Table(
+        "Activity of the features against the labels",
+        [
+            "features of the adapter",
+            "features",
+            "places",
+            "recall",
+            "active at matched",
+            "precision",
+            "labelled",
+            "ranking",
+        ],
+        rows,
+        "A set is active at a place if one of its features is. Recall: share of the labelled "
+        "places at which it is active. Precision: share of the labelled among the active places; "
+        "labelled: their share of all places, which is the precision by chance. Ranking: "
+        "probability that the sum of activation times decoder norm is larger at a labelled place "
+        "than at one of its matched places; 50% by chance.",
+    )
 
 
 def contrast_figures(result: Mapping[str, Any]) -> list[Figure]:

@@ -69,6 +69,25 @@ class Model(TypedDict):
     gate: NotRequired[Gate]
 
 
+class Recognised(TypedDict):
+    """The intervals of a set, see :func:`fastadapt.evaluation.contrast.recognition.recognise`."""
+
+    recall: Shares
+    active_matched: Shares
+    precision: Interval
+    ranking: Shares
+    labelled_share: _Share
+
+
+class Recognition(TypedDict):
+    """Activity of a set of features, or of random sets like it, against the labels."""
+
+    set: Name
+    random: bool
+    features: Count
+    kinds: dict[str, Recognised]
+
+
 class Entropy(TypedDict):
     """Mean entropy of a model's predictions at both groups of places, in nats."""
 
@@ -103,3 +122,4 @@ class ContrastFile(TypedDict):
     places: Places
     notes: list[str]
     models: list[Model]
+    recognition: NotRequired[list[Recognition]]

@@ -152,7 +152,7 @@ class Texts(TypedDict):
 
 
 class WhereFile(TypedDict):
-    """``where.json``."""
+    """Contents of ``where.json``: how target and base differ, by part, region and layer."""
 
     schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)]
     pair: Pair

@@ -118,7 +118,7 @@ def measure_partial(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Partial]:
-    """Measure partial replacement by each model, or read the stored measurements.
+    """Measure output KL with only some layers replaced, per model, or read stored results.
 
     Arguments and errors are those of
     :func:`fastadapt.evaluation.faithfulness.outputs.measure_output`, but ``names`` may not have the

@@ -50,7 +50,7 @@ class Transcoder(NamedTuple):
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, x: Tensor) -> Tensor:
-        """Return the output ``[T, D]``."""
+        """Return the transcoder's output ``[T, D]`` from its codes and the MLP's input ``x``."""
         out = self.b_dec.expand_as(x).clone()
         step = max(1, _CHUNK // x.shape[-1])
         for first in range(0, len(codes.tokens), step):
