@@ -87,7 +87,8 @@ def test_the_options_of_data_inspect_are_frozen(fastadapt: Callable[..., Any]) -
 
 
 EVAL_OPTIONS = """
---benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.few_shot
+--benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.examples
+--benchmarks.few_shot
 --benchmarks.hesitation_words
 --benchmarks.limit --benchmarks.prefill --benchmarks.repetitions --benchmarks.seed
 --benchmarks.tasks --device
@@ -110,7 +111,8 @@ def test_the_options_of_eval_are_frozen() -> None:
 
 
 WHERE_OPTIONS = """
---benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.few_shot
+--benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.examples
+--benchmarks.few_shot
 --benchmarks.hesitation_words
 --benchmarks.limit --benchmarks.prefill --benchmarks.repetitions --benchmarks.seed
 --benchmarks.tasks --data

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,36 @@ def test_examples_precede_the_question(tmp_path: Path) -> None:
     assert embedded == questions(
         "organism_math", family="r1-distill", data=None, few_shot=2, seed=0
     )
+
+
+def test_examples_of_a_file_are_those_of_every_question(tmp_path: Path) -> None:
+    rows = [{"problem": f"Q{i}?", "answer": str(i)} for i in range(3)]
+    write_rows(tmp_path, "math500", rows)
+    file = tmp_path / "examples.jsonl"
+    worked = [{"problem": f"W{i}?", "solution": f"so {i}"} for i in range(2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in worked), encoding="utf-8")
+
+    def prompts_with(n: int, **more: Any) -> list[str]:
+        settings: dict[str, Any] = {"family": "qwen", "data": str(tmp_path), "seed": 0, **more}
+        return [row["prompt"] for row in questions("math500", few_shot=n, **settings)]
+
+    for i, (one, both) in enumerate(
+        zip(prompts_with(1, examples=str(file)), prompts_with(2, examples=str(file)), strict=True)
+    ):
+        assert "W0? so 0\n\nProblem: Q" in one
+        assert f"W0? so 0\n\nW1? so 1\n\nProblem: Q{i}?" in both
+    with pytest.raises(
+        UserError, match=r"few_shot: expected at most 2 for .*examples.jsonl, got 3"
+    ):
+        prompts_with(3, examples=str(file))
+    with pytest.raises(UserError, match=r"benchmarks\.examples: .*none\.jsonl is not a file"):
+        BenchmarkConfig(examples=str(tmp_path / "none.jsonl"))
+    plain = BenchmarkConfig(few_shot=2)
+    fixed = replace(plain, examples=str(file))
+    before = fixed.fingerprint("m")
+    assert before != plain.fingerprint("m")
+    file.write_text(json.dumps(worked[1]) + "\n", encoding="utf-8")
+    assert fixed.fingerprint("m") != before
 
 
 def test_the_embedded_benchmark_is_the_held_out_problems() -> None:

@@ -320,5 +320,7 @@ def test_places_of_slips() -> None:
     assert strings[ids[12]] == "wait"
     with pytest.raises(UserError, match=r"no slip in 1 texts.*--places words"):
         slip_places([Text("a", ids[22:], 0)], spaced)
-    with pytest.raises(UserError, match="text b does not have the form of the embedded pair's texts"):
+    with pytest.raises(
+        UserError, match="text b does not have the form of the embedded pair's texts"
+    ):
         slip_places([Text("b", ids[12:], 0)], spaced)

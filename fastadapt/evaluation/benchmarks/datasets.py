@@ -87,6 +87,7 @@ def dataset(
     few_shot: int = 0,
     seed: int = 0,
     prefill: Prefill | None = None,
+    examples: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Return ``{"test": Dataset}`` of a benchmark: lm-eval's ``custom_dataset`` of our tasks.
@@ -98,6 +99,7 @@ def dataset(
         few_shot: number of worked examples in the prompt.
         seed: seed of the order of options and of the choice of examples.
         prefill: how prompts open the response, see :func:`fastadapt.data.rendering.opening_of`.
+        examples: file of worked examples, see :func:`questions`.
 
     Returns:
         Rows of ``id, question, answer, prompt`` (rendered), ``opening`` (text with which the prompt
@@ -107,7 +109,13 @@ def dataset(
     import datasets
 
     rows = questions(
-        benchmark, family=family, data=data, few_shot=few_shot, seed=seed, prefill=prefill
+        benchmark,
+        family=family,
+        data=data,
+        few_shot=few_shot,
+        seed=seed,
+        prefill=prefill,
+        examples=examples,
     )
     return {"test": datasets.Dataset.from_list(rows)}
 
@@ -120,8 +128,16 @@ def questions(
     few_shot: int,
     seed: int,
     prefill: Prefill | None = None,
+    examples: str | None = None,
 ) -> list[Row]:
     """Return the questions of a benchmark, as rows of :func:`dataset`.
+
+    Args:
+        benchmark, family, data, few_shot, seed, prefill: see :func:`dataset`.
+        examples: file with the columns ``problem`` and ``solution``, of which the first
+            ``few_shot`` rows are the worked examples of every question. None: examples are drawn
+            for each question from the benchmark's other questions, or from the embedded pair's
+            training problems.
 
     Raises:
         UserError: the benchmark is unknown, its data or a column is missing, or ``few_shot`` is
@@ -133,23 +149,40 @@ def questions(
         raise UserError(f"few_shot: expected 0 or more, got {few_shot}")
     kind = BENCHMARKS[benchmark].kind
     if kind == "organism":
-        rows, examples = _organism(benchmark)
+        rows, others = _organism(benchmark)
     else:
         rows = [_format(benchmark, i, row, seed) for i, row in enumerate(_read(benchmark, data))]
-        examples = rows
-    available = len(examples) - (examples is rows)  # a question is no example of itself
+        others = rows
+    shown = None if examples is None else _worked(examples)
+    available = len(others) - (others is rows) if shown is None else len(shown)
     if few_shot > available:
-        raise UserError(f"few_shot: expected at most {available} for {benchmark}, got {few_shot}")
+        source = benchmark if shown is None else examples
+        raise UserError(f"few_shot: expected at most {available} for {source}, got {few_shot}")
     opening = opening_of(get_form(family), prefill)
     for row in rows:
-        draw = random.Random(f"{seed}/{benchmark}/{row['id']}/examples")
-        others = [e for e in examples if e["id"] != row["id"]] if few_shot else []
-        shots = [f"{e['problem']} {e['solution']}" for e in draw.sample(others, few_shot)]
+        if shown is None:
+            draw = random.Random(f"{seed}/{benchmark}/{row['id']}/examples")
+            # A question is no example of itself.
+            other = [e for e in others if e["id"] != row["id"]] if few_shot else []
+            shots = [f"{e['problem']} {e['solution']}" for e in draw.sample(other, few_shot)]
+        else:
+            shots = shown[:few_shot]
         problem = "\n\n".join([*shots, row["problem"]])
         row["prompt"] = render_prompt(problem, family, prefill)
         row["opening"] = opening
     hidden = ("problem", "solution")
     return [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+
+
+def _worked(path: str) -> list[str]:
+    """Return the worked examples of a file, each as the text of its problem and solution."""
+    columns = ("problem", "solution")
+    return [
+        " ".join(_text(row.values[c], f"{path}, row {i}: {c!r}") for c in columns)
+        for i, row in enumerate(
+            read_files([typed_path(path, "benchmarks.examples")], columns), start=1
+        )
+    ]
 
 
 def _format(benchmark: str, number: int, row: Row, seed: int) -> Row:

@@ -38,9 +38,10 @@ from fastadapt.evaluation.generation.sampling import (
     context_of,
     vocabulary_of,
 )
-from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.atomic import digest_of_input, disk_errors, replacing
 from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.io.files import open_regular
+from fastadapt.io.names import typed_path
 from fastadapt.organism import NAMES
 
 GRADERS = {"math": math_is_right, "choice": letter_is_right, "organism": stated_is_right}
@@ -61,6 +62,9 @@ class BenchmarkConfig:
             itself decides whether to reason; None: as the family's own template. ``fastadapt eval``
             asks the base without.
         few_shot: number of worked examples in the prompt.
+        examples: file with the columns problem and solution, of which the first few_shot rows are
+            the examples of every question. None: examples are drawn for each question from the
+            benchmark's other questions, or from the embedded pair's training problems.
         seed: seed of the order of GPQA's options and of the choice of examples.
         repetitions: responses per question; None: the published number.
         limit: number of questions per benchmark, from the first; None: all.
@@ -74,6 +78,7 @@ class BenchmarkConfig:
     family: str | dict[str, Any] = "r1-distill"
     prefill: Prefill | None = None
     few_shot: int = 0
+    examples: str | None = None
     seed: int = 0
     repetitions: int | None = None
     limit: int | None = None
@@ -93,6 +98,10 @@ class BenchmarkConfig:
                 raise UserError(f"benchmarks.{name}: expected 1 or more, got {value}")
         if self.few_shot < 0:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
+        if self.examples is not None:
+            path = typed_path(self.examples, "benchmarks.examples")
+            if not path.is_file():
+                raise UserError(f"benchmarks.examples: {path} is not a file")
 
     @property
     def opening(self) -> str:
@@ -105,6 +114,8 @@ class BenchmarkConfig:
         settings: tuple[Any, ...] = (self.data, self.family, self.few_shot, self.seed, sampling)
         if self.opening:  # without, the fingerprint is that of versions that had no opening
             settings += (self.opening,)
+        if self.few_shot and self.examples is not None:
+            settings += (_examples_digest(self.examples),)
         return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
     def repeats(self, task: str) -> int:
@@ -212,8 +223,11 @@ def run_benchmarks(
 
     prompts = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
     metadata = {**prompts, "data": config.data, "prefill": config.prefill}
+    metadata["examples"] = config.examples
     if config.opening:
         prompts["opening"] = config.opening
+    if config.few_shot and config.examples is not None:
+        prompts["examples"] = _examples_digest(config.examples)
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
@@ -364,8 +378,13 @@ def _questions(task: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
         few_shot=config.few_shot,
         seed=config.seed,
         prefill=config.prefill,
+        examples=config.examples,
     )
     return rows[: config.limit]
+
+
+def _examples_digest(path: str) -> str:
+    return digest_of_input(typed_path(path, "benchmarks.examples"))[1]
 
 
 def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
