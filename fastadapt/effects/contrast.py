@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fastadapt.data.tokens import check_ids
 from fastadapt.effects.activity import activity_of
-from fastadapt.effects.arms import Arm, arms_of
+from fastadapt.effects.arms import BIAS, Arm, arms_of
 from fastadapt.effects.requests import RUN
 from fastadapt.effects.trace import ADAPTER
 from fastadapt.errors import UserError
@@ -40,6 +41,7 @@ from fastadapt.evaluation.contrast.recognition import recognise
 from fastadapt.evaluation.contrast.report import contrast_figures, contrast_tables
 from fastadapt.evaluation.contrast.result import SCHEMA_VERSION, ContrastFile, Source
 from fastadapt.evaluation.contrast.summary import Contrast, groups_of, kinds_of, summarise
+from fastadapt.evaluation.contrast.unions import Union, interactions
 from fastadapt.evaluation.difference.texts import held_out_texts
 from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.folder import LOCK, present
@@ -47,6 +49,7 @@ from fastadapt.evaluation.generation.responses import read_responses
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.logit_lens import token_strings
+from fastadapt.features.store.sets import FeatureSet
 from fastadapt.interventions import SCALE
 from fastadapt.io.documents import check
 from fastadapt.io.names import typed_path
@@ -189,6 +192,7 @@ def contrast(
         "notes": list(run.models.notes.values()),
         "models": _models(arms, odds, labelled, len(texts), list(words), statistics),
         "recognition": _recognition(arms, activity, labelled, len(texts), statistics),
+        "interactions": _interactions(arms, odds, labelled, len(texts), statistics),
     }
     check(result, ContrastFile, RESULT)
     tables, figures = contrast_tables(result), contrast_figures(result)
@@ -438,4 +442,47 @@ def _recognition(
         }
         for arm in arms
         if arm.name in numbers
+    ]
+
+
+def _interactions(
+    arms: Sequence[Arm],
+    odds: Mapping[str, Tensor],
+    labelled: _Labelled,
+    n_texts: int,
+    statistics: BootstrapConfig,
+) -> list[dict[str, Any]]:
+    """Return the section ``interactions``: of each set that is the union of others."""
+    alone = {arm.name: arm for arm in arms if arm.kind == "only" and not arm.random}
+    unions = unions_of({name: arm.members[0] for name, arm in alone.items()})
+    if not unions:
+        return []
+    rows = rows_of(labelled.places, labelled.sites)
+    names = {"target", "hybrid", BIAS, *alone}
+    contrasts = {name: Contrast.of_draws(odds[name], rows) for name in names}
+    intervals = interactions(contrasts, unions, BIAS, rows, n_texts, statistics)
+    return [
+        {
+            "set": alone[union.whole].set_name,
+            "parts": [alone[part].set_name for part in union.parts],
+            "interaction": interval,
+        }
+        for union, interval in zip(unions, intervals, strict=True)
+    ]
+
+
+def unions_of(sets: Mapping[str, FeatureSet]) -> list[Union]:
+    """Return the sets that are the union of two others without a common feature.
+
+    Example:
+        >>> make = partial(FeatureSet.from_pairs, adapter="", shape=(2, 9), expression="")
+        >>> unions_of({"ab": make([(0, 1), (1, 2)]), "a": make([(0, 1)]), "b": make([(1, 2)])})
+        [Union(whole='ab', parts=('a', 'b'))]
+    """
+    pairs = {name: frozenset(features) for name, features in sets.items()}
+    return [
+        Union(whole, (a, b))
+        for whole in pairs
+        for a, b in combinations([name for name in pairs if name != whole], 2)
+        if pairs[a] and pairs[b] and not pairs[a] & pairs[b] and pairs[a] | pairs[b] == pairs[whole]
     ]

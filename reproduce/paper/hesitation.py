@@ -70,7 +70,14 @@ def interaction(result: Result) -> Finding | None:
         f"{name} {shown(value, percent)}"
         for name, value in zip(("both", "hesitation", "template"), (both, *parts), strict=True)
     )
-    # The file has no interval of the sum, so a clear verdict takes the worst of all ends.
+    for each in result.get("interactions", ()):
+        if (each["set"], set(each["parts"])) == ("both", {"hesitation", "template"}):
+            value = each["interaction"]
+            return Finding(
+                f"{text}; together beyond the sum {shown(value, percent)}",
+                verdict(value, 0.0, above=True),
+            )
+    # Older files have no interval of the sum, so a clear verdict takes the worst of all ends.
     if both["mean"] <= sum(part["mean"] for part in parts):
         clear = both["high"] <= sum(part["low"] for part in parts)
         return Finding(text, "no" if clear else "no, not clearly")

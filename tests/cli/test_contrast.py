@@ -86,6 +86,15 @@ def test_slips_are_contrasted_with_right_steps(
     assert read_json(run / "contrast") == result
 
 
+def test_a_union_is_compared_with_its_parts(run: Path, fastadapt: Callable[..., Any]) -> None:
+    sets = ("0/5,2/9", "0/5", "2/9", "1/3")
+    outcome = fastadapt("contrast", run, "--features", *sets, "--draws", 0, "--scales", -1, *FEW)
+    assert outcome.code == 0, outcome.err
+    (measured,) = read_json(run / "contrast")["interactions"]
+    assert (measured["set"], measured["parts"]) == ("0/5,2/9", ["0/5", "2/9"])
+    assert "What sets of features do only together" in outcome.out
+
+
 def test_words_are_contrasted_with_places_of_equal_entropy(
     run: Path, fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:

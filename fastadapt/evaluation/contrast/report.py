@@ -33,6 +33,8 @@ def contrast_tables(result: Mapping[str, Any]) -> list[Table]:
         tables.append(_gating(result))
     if len(result["words"]) > 1:
         tables.append(_by_word(result))
+    if result.get("interactions"):
+        tables.append(_interactions(result))
     return [*tables, _recognised(result)] if result.get("recognition") else tables
 
 
@@ -150,6 +152,20 @@ def _by_word(result: Mapping[str, Any]) -> Table:
     ]
     head = [f"{word}, {group}" for word in words for group in ("labelled", "matched")]
     return Table("P(word) at labelled and at matched places", ["model", *head], rows)
+
+
+def _interactions(result: Mapping[str, Any]) -> Table:
+    rows = [
+        [each["set"], " and ".join(each["parts"]), shown(each["interaction"], percent)]
+        for each in result["interactions"]
+    ]
+    return Table(
+        "What sets of features do only together",
+        ["union", "parts", "interaction"],
+        rows,
+        "Contrast of the union alone over the bias, minus those of its parts, as a share of the "
+        "target's contrast over the hybrid's. Above 0, the parts need each other.",
+    )
 
 
 def _recognised(result: Mapping[str, Any]) -> Table:

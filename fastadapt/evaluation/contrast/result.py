@@ -88,6 +88,14 @@ class Recognition(TypedDict):
     kinds: dict[str, Recognised]
 
 
+class Interaction(TypedDict):
+    """The interval of :func:`fastadapt.evaluation.contrast.unions.interactions`, with its sets."""
+
+    set: Name
+    parts: list[Name]
+    interaction: Interval
+
+
 class Entropy(TypedDict):
     """Mean entropy of a model's predictions at both groups of places, in nats."""
 
@@ -123,3 +131,4 @@ class ContrastFile(TypedDict):
     notes: list[str]
     models: list[Model]
     recognition: NotRequired[list[Recognition]]
+    interactions: NotRequired[list[Interaction]]

@@ -240,6 +240,14 @@ def test_claims_about_places(measure: Any, key: str, value: float, refuted: str)
     assert measure({"models": []}) is None
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.3, "yes"), (0.001, "yes, not clearly"), (-0.3, "no")]
+)
+def test_the_interval_of_an_interaction_decides(value: float, expected: str) -> None:
+    measured = {"set": "both", "parts": ["template", "hesitation"], "interaction": interval(value)}
+    assert h.interaction({**places(), "interactions": [measured]}).verdict == expected
+
+
 def study(removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2) -> dict[str, Any]:
     def arm(kind: str | None, rate: float, **more: Any) -> dict[str, Any]:
         accuracy = more.get("accuracy", interval(0.5))
