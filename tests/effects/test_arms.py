@@ -101,6 +101,7 @@ def test_activity_equals_that_by_hand(
         total = torch.zeros(len(text.ids), 2, dtype=torch.float64)
         with reader.opened() as model, ExitStack() as hooks:
             inputs: list[torch.Tensor] = []
+            adapter: Any
             for adapter in run.model.adapters:
                 handle = adapter.register_forward_pre_hook(
                     lambda _, x, into=inputs: into.append(x[0])
@@ -108,7 +109,6 @@ def test_activity_equals_that_by_hand(
                 hooks.callback(handle.remove)
             with torch.no_grad():
                 model(torch.tensor([text.ids]))
-            adapter: Any
             for layer, (x, adapter) in enumerate(zip(inputs, run.model.adapters, strict=True)):
                 a = (x[0] @ adapter.W_enc.T + adapter.b_enc).relu() * adapter.W_dec.norm(dim=1)
                 is_chosen = torch.tensor([(layer, i) in chosen for i in range(a.shape[1])])

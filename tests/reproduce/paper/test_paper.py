@@ -245,7 +245,9 @@ def test_claims_about_places(measure: Any, key: str, value: float, refuted: str)
 )
 def test_the_interval_of_an_interaction_decides(value: float, expected: str) -> None:
     measured = {"set": "both", "parts": ["template", "hesitation"], "interaction": interval(value)}
-    assert h.interaction({**places(), "interactions": [measured]}).verdict == expected
+    result = h.interaction({**places(), "interactions": [measured]})
+    assert result is not None
+    assert result.verdict == expected
 
 
 def study(removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2) -> dict[str, Any]:
