@@ -214,7 +214,7 @@ FAULTS = {
     "no metadata": (lambda f: edit_card(f, metadata=None), "metadata: expected object"),
     "unknown setting": (
         lambda f: edit_settings(f, colour=1),
-        r"do not match: unknown \['colour'\]",
+        r"'adapter' has unknown settings \['colour'\]",
     ),
     "missing settings": (
         lambda f: edit_card(f, adapter={}),
