@@ -78,7 +78,7 @@ class MixedSource:
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise UserError(
-                f"data.train: weight of {self.source!r}: expected a number above 0, got "
+                f"data.train: weight of {self.source!r}: expected a finite number above 0, got "
                 f"{self.weight:g}; leave the source out to train without it"
             )
 
@@ -101,7 +101,7 @@ class Row(NamedTuple):
 
 @dataclass
 class BadRows:
-    """What happens to rows that cannot be read, and which they were.
+    """Policy for rows that cannot be read, and a record of these rows.
 
     Attributes:
         policy: "stop" raises the error of the first one, "skip" leaves them out.

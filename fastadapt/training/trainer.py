@@ -119,9 +119,9 @@ def train(
 
 
 def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: bool) -> TrainConfig:
-    """Return the configuration with the form of chat for which ``data.family`` "auto" stands.
+    """Return the configuration with the chat format for which ``data.family`` "auto" stands.
 
-    A resumed run keeps its form, whatever the tokenizer's template is by now.
+    A resumed run keeps its format, whatever the tokenizer's template is by now.
     """
     if config.data.family != AUTO:
         return config

@@ -380,7 +380,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an image": (
         messages(("user", [{"type": "image_url", "image_url": {}}]), ANSWERED),
-        r"turn 1 \(user\), part 1: expected a part of type 'text', got 'image_url'",
+        r"turn 1 \(user\), part 1: expected a string or a part of type 'text', got 'image_url'",
     ),
     "a call of a tool": (
         {
@@ -389,13 +389,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 {"role": "assistant", "tool_calls": [{"id": 1}]},
             ]
         },
-        r"turn 2: 'tool_calls' is not read; write it into the turn's text",
+        r"turn 2: 'tool_calls' is not supported; write its content into the turn's text",
     ),
     "a late system turn": (
         messages(("user", "one"), ("system", "two"), ("assistant", "three")),
         r"turn 2: a system turn can only be the first turn",
     ),
-    "one token": ({"text": "one"}, r"line 1: the conversation has 1 token\(s\)"),
+    "one token": ({"text": "one"}, r"line 1: the text has 1 token\(s\)"),
     "ids that are none": ({"input_ids": [1, -2]}, r"the columns are 'input_ids'"),
     "blank text": ({"text": " \n"}, r"line 1: text is empty"),
     "half a pair": (

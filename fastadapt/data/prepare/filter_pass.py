@@ -144,7 +144,7 @@ class FilterPass:
 
 @dataclass
 class _Refused(BadRows):
-    """Rows that cannot be rendered.
+    """Record of the rows that cannot be rendered.
 
     Attributes:
         reasons: reason by number of the row.

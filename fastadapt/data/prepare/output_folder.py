@@ -222,7 +222,7 @@ def check_same(folder: Path, settings: Settings) -> None:
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, which completes the selection, and remove the unfinished pass.
+    """Write the manifest, which completes the selection, and remove the saved progress.
 
     Raises:
         RunError: the manifest cannot be written.
@@ -234,7 +234,7 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the files of the unfinished pass from the folder.
+    """Remove the saved progress of the pass over the source, which a finished selection lacks.
 
     The settings are removed last: while a file is left, the selection counts as unfinished, and
     ``--resume`` removes the rest.

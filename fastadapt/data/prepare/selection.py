@@ -55,7 +55,7 @@ class PrepareConfig:
             ``source`` (text) are copied if present.
         output: folder for train.parquet, validation.parquet and manifest.json.
         tokenizer: folder or hub id of the tokenizer of the pair to be trained.
-        family: form of chat in which the tokens of a conversation are counted: auto, or the name of
+        family: chat format in which the tokens of a conversation are counted: auto, or the name of
             a family, as ``data.family``.
         columns: column to read, or prompt,response, as ``data.columns``.
         markers: special tokens inside what was said, text or tokens, as ``data.markers``.

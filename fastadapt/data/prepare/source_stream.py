@@ -119,7 +119,7 @@ class SourceStream:
             yield record.where, record.values
 
     def _check_cursor(self, start: Any) -> Cursor:
-        """Return ``start``, which comes from a file, as a cursor; raise if it fits no file."""
+        """Return ``start``, read from saved progress, as a cursor; raise if it lies in no file."""
         try:
             check(start, tuple[Count, Count, Count], "cursor")
             first, offset, _ = start

@@ -91,7 +91,7 @@ def prompt_modes(
     """Return the settings of a model's prompt modes, by name.
 
     Every model has the mode ``sampled``. With ``few_shot``, the base and the hybrid also have two
-    modes with examples, sampled and greedy. The base was not trained on the target's form of chat,
+    modes with examples, sampled and greedy. The base was not trained on the target's chat format,
     so no prompt opens its reasoning, and its examples are plain text after ``base_bos``.
     """
     if model == "base":

@@ -50,7 +50,7 @@ class Source:
     Attributes:
         name: file, folder, hub id, or a name of the embedded pair's data.
         split, revision: split and revision to read, of a folder or of a hub repository.
-        family: form of chat, see :func:`fastadapt.data.rendering.get_form`.
+        family: chat format, see :func:`fastadapt.data.rendering.get_form`.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
         subset, columns, bad_rows: see :class:`fastadapt.data.sequences.DataConfig`.
