@@ -228,7 +228,7 @@ def first_texts(store: Store, n: int) -> Iterator[Text]:
 
 
 def _with_earlier(store: Store, rows: pa.Table, positions: int) -> pa.Table:
-    """Return rows with those of the store of other features, measured on as many positions."""
+    """Append the store's rows of features not in ``rows``, if measured on as many positions."""
     if not store.has("effects"):
         return rows
     earlier = store.read("effects")

@@ -57,7 +57,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Generated:
-    """A response.
+    """A generated response.
 
     Attributes:
         model: name of the model.

@@ -153,15 +153,19 @@ def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | Non
     if names is None:
         names = [Path(os.path.realpath(typed_path(run, "run"))).name for run in runs]
     if len(names) != len(runs):
-        raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
+        raise UserError(
+            f"--names: expected as many names as runs, got {len(names)} for {len(runs)} runs"
+        )
     for name in names:
         if name in BUILT_IN:
             raise UserError(
-                f"a run's name: {name!r} is already the name of a model of every pair; pass --names"
+                f"a run's name: {name!r} is already the name of a model of every pair; rename the "
+                "folder, or pass --names to fastadapt eval"
             )
         if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
             raise UserError(
-                f"a run's name: expected letters, digits and ._-+=, got {name!r}; pass --names"
+                f"a run's name: expected letters, digits and ._-+=, and no leading dot, got "
+                f"{name!r}; rename the folder, or pass --names to fastadapt eval"
             )
         check_name(name, "a run's name (--names)")
         if names.count(name) > 1:

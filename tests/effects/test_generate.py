@@ -96,7 +96,7 @@ def test_requests_that_make_no_sense_are_refused(tiny_run: TinyRun) -> None:
         GenerateConfig(("replacement",))
     with pytest.raises(UserError, match="the prompt is empty"):
         generate(run, [])
-    with pytest.raises(UserError, match=r"no rendering family recorded.*--plain"):
+    with pytest.raises(UserError, match=r"no chat format recorded.*--plain"):
         prompt_ids(run.models, "w5 w6")
     with pytest.raises(UserError, match="prompt: expected a text, got none"):
         prompt_ids(run.models, "", plain=True)

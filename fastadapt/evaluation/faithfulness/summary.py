@@ -221,7 +221,7 @@ def partial_groups(
 
 
 def _text_sums(arrays: Measured) -> dict[str, Tensor]:
-    """Return the sums of each text: KL, top-1 errors and positions."""
+    """Return sums over each text's positions: of the KL, of top-1 errors, and their number."""
     n = int(arrays.text.max()) + 1
     values = {"kl": arrays.kl.double(), "top1_error": _wrong(arrays)}
     values["positions"] = torch.ones_like(values["kl"])
