@@ -28,7 +28,7 @@ _MOST_LINES = 8  # reported per file
 
 @dataclass
 class Checked:
-    """The result for one file of a store.
+    """Result of checking one file of a store.
 
     Attributes:
         name: path within the store's folder.

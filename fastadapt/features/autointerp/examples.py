@@ -40,7 +40,7 @@ REASONS = ("too rare", "too few examples", "no silent text")
 
 @dataclass(frozen=True)
 class DetectionCase:
-    """A unit to judge, the windows of one sample to show, and its scored ``texts``, shuffled."""
+    """A unit to judge, the examples to show of one sample, and the texts to score, shuffled."""
 
     unit: Unit
     sample: SampleKind
@@ -55,7 +55,7 @@ class DetectionCase:
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to judge, and the numbers of units judged or not, by kind, layer and reason."""
+    """Cases to judge, and by kind and layer the number of units judged and left out, by reason."""
 
     cases: list[DetectionCase]
     counts: dict[Kind, list[dict[str, int]]]
@@ -141,7 +141,7 @@ _Split = dict[SampleKind, tuple[list[Window], list[Window]]]  # shown, held out
 def _splits(
     store: Store, kind: Kind, config: DescribeConfig
 ) -> tuple[dict[Unit, _Split], list[dict[str, int]]]:
-    """Return units with enough examples of every sample, and the numbers left out, by layer."""
+    """Return units with enough examples of every sample, and by layer how many are left out."""
     n_layers, _ = store.shape(kind)
     splits: dict[Unit, _Split] = {}
     counts = []
@@ -201,7 +201,7 @@ def _check_model(
     fires: Mapping[Unit, np.ndarray],
     corpus: Corpus,
 ) -> None:
-    """Raise ``UserError`` if the model is silent at the examples of the store."""
+    """Raise ``UserError`` if units do not fire at the store's examples of them in this model."""
     agrees = [
         bool(np.isin(positions, fires[unit]).any())
         for unit, split in splits.items()

@@ -84,7 +84,7 @@ Answer = str | tuple[bool, ...] | UnitClass
 
 
 class Estimate(NamedTuple):
-    """Cost of asking questions, without second requests after invalid answers.
+    """Estimated cost of asking questions, if no answer is invalid and asked for again.
 
     Attributes:
         calls: number of requests, without questions that the cache answers.

@@ -230,7 +230,7 @@ def batch_of(texts: list[Text]) -> Batch:
 def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
 ) -> BatchTokens:
-    """Return where each token of a batch of texts is. Entries of padding are never read."""
+    """Return domain, region, position and window of each token of a batch; padding is arbitrary."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in zip(slot, texts, strict=True):

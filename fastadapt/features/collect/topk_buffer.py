@@ -69,7 +69,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class TopKBuffer:
-    """The top k activations of each unit so far, by rank: ``[U, k]``, and windows ``[U, k, W]``.
+    """The top k activations of each of U units so far: ``[U, k]``, with windows ``[U, k, W]``.
 
     Empty entries have key -1. An entry's window stays at its ``slot`` when the entry changes rank:
     ranks change often, and windows are most of the memory.

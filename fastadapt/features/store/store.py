@@ -248,7 +248,7 @@ class Store:
         return rows
 
     def limits(self, kind: Kind) -> dict[str, Any]:
-        """Return the bounds of a kind's values; see :mod:`fastadapt.features.store.values`."""
+        """Return the limits that values of a kind's tables may not exceed, to check the tables."""
         return {
             "shape": self.shape(kind) if kind in self.manifest["units"] else None,
             "n_texts": self.manifest["data"]["texts"],

@@ -245,7 +245,7 @@ def test_incomplete_or_different_shards(tmp_path: Path, run: Path) -> None:
         merge([], out)
     with pytest.raises(UserError, match=r"expected all 2 shards to merge; 1/2 missing"):
         merge(folders[:1], out)
-    with pytest.raises(UserError, match=r"a different shard in each folder, got 0/2 again"):
+    with pytest.raises(UserError, match=r"a different shard of 2 in each folder, got 0/2 again"):
         merge([folders[0], folders[0]], out)
     with pytest.raises(UserError, match="holds no shard"):
         merge([tmp_path], out)

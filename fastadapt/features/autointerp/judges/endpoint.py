@@ -57,7 +57,7 @@ def open_judge(
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """The reply to a question: its answer (None if invalid), its last text, and the requests."""
+    """Reply to a question: the answer (None if invalid), the last text, and all requests sent."""
 
     answer: Answer | None
     text: str
@@ -244,7 +244,7 @@ class EndpointJudge:
         return JudgeReply(None, text, requests)
 
     def _request(self, messages: Sequence[prompts.Message]) -> dict[str, Any]:
-        """Return everything that a reply depends on, which is the key of the reply cache."""
+        """Return the request: all that a reply depends on, and the key of the reply cache."""
         c = self.config
         parameters = c.fields
         if c.temperature is not None:
