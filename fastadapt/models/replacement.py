@@ -304,7 +304,9 @@ class ReplacementModel(nn.Module):
             text = self.pair.tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
         if ids.ndim not in (1, 2) or ids.numel() == 0:
-            raise UserError(f"text: expected token ids [T] or [B, T], got shape {list(ids.shape)}")
+            raise UserError(
+                f"text: expected one or more token ids [T] or [B, T], got shape {list(ids.shape)}"
+            )
         inputs = self.block_inputs(ids if ids.ndim == 2 else ids[None], None)
         hidden, layers = inputs.hidden, []
         for layer, arguments in enumerate(inputs.arguments):

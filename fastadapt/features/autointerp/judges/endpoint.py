@@ -330,7 +330,7 @@ class EndpointJudge:
 
 
 def _text_of(completion: Any) -> str:
-    """Return the text of a completion; all of the completion, which is invalid, if it has none.
+    """Return a completion's text; if it has none, the whole completion as an invalid answer.
 
     Lone surrogates, which UTF-8 cannot write, become U+FFFD.
     """
