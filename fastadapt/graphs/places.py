@@ -39,9 +39,7 @@ class PlaceConfig:
 
     def __post_init__(self) -> None:
         if not self.words or not all(word.strip() for word in self.words):
-            raise UserError(
-                f"--at: expected one or more words, none blank, got {list(self.words)}"
-            )
+            raise UserError(f"--at: expected one or more words, none blank, got {list(self.words)}")
         if self.above is not None and not 0 < self.above <= 1:
             raise UserError(f"--above: expected more than 0 and at most 1, got {self.above}")
 
