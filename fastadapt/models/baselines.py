@@ -43,7 +43,7 @@ LORA_A, LORA_B = ".lora_A", ".lora_B"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank of the low-rank updates of a model, the same for each matrix of each MLP.
+    """Rank of the low-rank updates (LoRA) of a model's MLPs, the same for each matrix.
 
     Args:
         rank: the rank; None: the one whose number of parameters is nearest to that of adapters.
@@ -58,7 +58,7 @@ class LoraConfig:
     n_features: int
 
     def rank_for(self, width: int, shapes: Sequence[tuple[int, int]]) -> int:
-        """Return the rank of a model, at most the full rank of its smallest matrix.
+        """Return the rank to use for MLP matrices of these shapes, by default from ``width``.
 
         Args:
             width: width of the residual stream, D. An adapter has ``2FD + F + D`` parameters.

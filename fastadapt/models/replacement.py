@@ -318,7 +318,7 @@ class ReplacementModel(nn.Module):
         return layers
 
     def reshard_layer(self, layer: int) -> None:
-        """Reshard a block's FSDP parameters after its last call in a layer; no-op without FSDP."""
+        """Reshard a block's FSDP parameters once it is no longer called; no-op without FSDP."""
         from torch.distributed.fsdp import FSDPModule
 
         block = self.blocks[layer]
@@ -326,7 +326,7 @@ class ReplacementModel(nn.Module):
             block.reshard()
 
     def final_norm(self, hidden: Tensor, mode: Mode) -> Tensor:
-        """Apply the norm before the head to ``[B, T, D]``; modes differ only for trained norms."""
+        """Apply the model's last norm to ``[B, T, D]``; ``mode`` matters only for trained norms."""
         norm = getattr(getattr(self.model, self.paths.decoder), self.paths.norm)
         with self.mlps[-1].call_context(mode, None):
             out: Tensor = norm(hidden)

@@ -410,6 +410,6 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type, whose parameters do not count; YAML has no tuples."""
+    """Return whether a value is of a type, type parameters ignored; a YAML list fits a tuple."""
     kind = typing.get_origin(hint) or hint
     return isinstance(value, (list, tuple) if kind is tuple else kind)

@@ -245,7 +245,7 @@ class AdapterOptimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def _set_moments(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Set AdamW's whole state, zeros before an update: a checkpoint saves every tensor."""
+        """Create AdamW's state for every parameter, with the moments ``tensors``, or zeros."""
         for name, master in self.masters.items():
             low = self.config.low_memory
             step = torch.tensor(float(self.updates), device=None if low else master.device)
@@ -269,7 +269,7 @@ class AdapterOptimizer:
 
 
 def _divides_gradients(adam: Any, gradients: Sequence[Tensor]) -> bool:
-    """Return whether the update itself can clip: torch's fused AdamW divides by ``grad_scale``.
+    """Return whether the fused update can clip, as it divides gradients by ``grad_scale``.
 
     On a GPU this replaces a pass that reads and writes all gradients by a write in the update. On
     a CPU the quotient would have other bits than the product with the factor. ``grad_scale`` is

@@ -116,7 +116,7 @@ class PeftFolder:
         return fetch(self.source, "tokenizer_config.json", self.revision) is not None
 
     def unties(self) -> bool:
-        """Return whether embedding and head differ in the target, also if the base ties them."""
+        """Return whether the target's embedding and head differ, even where the base ties them."""
         if self.settings.get("ensure_weight_tying"):
             return False
         outer = ("embed_tokens", "lm_head")
@@ -218,7 +218,7 @@ _PARTS = (
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return the module of a tensor and what the tensor is in it."""
+    """Split a tensor's name into its module and its part, such as ``lora_A.weight``."""
     for part in _PARTS:
         if name.endswith(f".{part}"):
             return name.removesuffix(f".{part}"), part

@@ -80,7 +80,7 @@ class StepMemory:
 
 
 class LayerBytes(NamedTuple):
-    """Bytes of one layer beside weights.
+    """Bytes that one layer needs in a step, without its weights.
 
     Attributes:
         saved: what the layer's forward pass leaves for the backward pass.
@@ -193,7 +193,7 @@ class StepBytes(NamedTuple):
 
 
 def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
-    """Return the role of each layer at a cutoff in 0..L."""
+    """Return the role of each layer in a step: first, before, at or behind the bridge's cutoff."""
     if config.objective.bridge == 0 or not 0 < cutoff < n_layers:
         cutoff = n_layers
     names: dict[int, Role] = {0: "first", cutoff: "fork"}
@@ -203,7 +203,7 @@ def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
 def layers_of(
     measured: Mapping[str, MeasuredStep], of_layers: Sequence[Role], policies: Sequence[str]
 ) -> list[LayerBytes]:
-    """Return the bytes of a step's layers, whose last one runs beside the head's gradients.
+    """Return the bytes of each layer in a step; the last layer's include the head's gradients.
 
     Args:
         measured: measurements by policy.
