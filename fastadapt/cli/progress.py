@@ -129,7 +129,7 @@ class Progress:
             bar.refresh()
 
     def _source(self, source: dict[str, Any]) -> None:
-        """Write the share of a source in a mixture, and what was left out of it."""
+        """Write a source's share in a mixture, and how many of its rows were left out."""
         name, read = source["source"], source["read"]
         if "share" in source:
             self.write(f"{name}: {source['share']:.1%} of the training tokens")

@@ -115,7 +115,7 @@ def train_parser() -> Parser:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
-    """Return the configuration of a run and its flags from the arguments of `fastadapt train`.
+    """Parse the arguments of `fastadapt train` into a configuration and flags such as --resume.
 
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
@@ -242,7 +242,7 @@ ALLOCATOR = "expandable_segments:True"
 
 
 def set_allocator() -> None:
-    """Let the allocator of a GPU grow its segments, unless a variable has its settings.
+    """Let a GPU's allocator grow its segments, unless an environment variable configures it.
 
     Batches differ in length, so that the free parts of segments of a fixed size fit no later
     tensor. Torch reads the variable when it is imported or later.

@@ -333,7 +333,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _are_parts(value: Sequence[Any]) -> bool:
-    """Return whether a list holds parts of one content, not turns."""
+    """Return whether a list holds parts of one turn's content, rather than turns."""
     return all(
         isinstance(part, str)
         or (isinstance(part, Mapping) and "type" in part and "role" not in part)

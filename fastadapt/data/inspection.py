@@ -151,7 +151,7 @@ def _count(each: Tokenised) -> int:
 
 
 def _example(each: Tokenised, tokenizer: Any) -> Example:
-    """Split a row's text where the loss begins or ends to count; token ids are decoded."""
+    """Split a row's text into what the loss counts and the rest; token ids are decoded."""
     ids = each.encoded.ids
     bounds = sorted({0, *each.labels, len(ids)})
     spans = list(zip(each.labels[::2], each.labels[1::2], strict=True))

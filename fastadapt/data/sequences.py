@@ -117,7 +117,7 @@ class DataConfig:
             )
 
     def source(self, name: str, split: str, part: MixedSource | None = None) -> Source:
-        """Return how a source is read.
+        """Return a source of a split, with the settings for reading it.
 
         Args:
             name: file, folder or dataset id.

@@ -138,7 +138,7 @@ class BadRows:
 def read_contents(
     source: Source, *, optional: Sequence[str] = (), bad: BadRows | None = None
 ) -> tuple[Layout | None, Iterator[Row]]:
-    """Return what the columns of a source hold, and its rows in order.
+    """Return the :class:`Layout` of a source's columns, and the source's rows in order.
 
     Args:
         source: the data set.
@@ -277,7 +277,7 @@ def _select_files(folder: Path, split: str) -> list[Path]:
 
 
 def _list_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield files with these suffixes below a folder; follow links, visit each folder once."""
+    """Yield the files below a folder with one of ``suffixes``; follow links, each folder once."""
     visited: set[str] = set()
     links = [folder]
     while links:

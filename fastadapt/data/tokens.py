@@ -167,7 +167,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, offsets: bool, **options: Any
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the texts, longer ones first; none if there are none."""
+    """Return a pattern that matches any of the texts, longer ones first; nothing if no texts."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -179,7 +179,7 @@ def is_one_token(tokenizer: Any, text: str) -> bool:
 
 
 def check_markers(tokenizer: Any, form: Form) -> None:
-    """Raise ``UserError`` if a marker of the form is not one token of the tokenizer."""
+    """Raise ``UserError`` if a marker of a chat format is not one token of the tokenizer."""
     for marker in form.markers:
         if not is_one_token(tokenizer, marker):
             raise UserError(

@@ -72,7 +72,7 @@ class ChangesConfig:
 
 
 class _Place(NamedTuple):
-    """A position of a text, sorted by the hybrid's KL there."""
+    """A position of a text; the hybrid's KL at the position comes first, to sort by."""
 
     hybrid: float
     text: int
@@ -162,7 +162,7 @@ class _Sums:
         return total / max(1, self.positions)
 
     def layers(self, store: Store) -> list[dict[str, float]]:
-        """Return each layer's share of the contributions, and the rise of the KL without it."""
+        """Return each layer's share of contributions, and the rise of the KL without the layer."""
         pairs = zip(by_layer(store), self._by_layer, strict=True)
         return [{"share": share, "delta_kl": self.mean(rise)} for share, rise in pairs]
 
@@ -241,7 +241,7 @@ def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, fl
 def _responses(
     run: LoadedRun, texts: Sequence[Text], config: ChangesConfig
 ) -> list[dict[str, Any]]:
-    """Return each model's most likely response to the prompts of texts, cut where it differs."""
+    """Return models' likeliest responses to the texts' prompts, and where they leave the target's."""
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
     opening = opening_ids(run.models, config.prefill)
     prompts = [[*ids, *opening] for ids in prompts if ids]

@@ -105,7 +105,7 @@ class ComparedModel:
 
 
 def seed_groups(models: Iterable[ComparedModel]) -> dict[str, list[str]]:
-    """Return the names of runs that differ by their seed only, by the name of the first.
+    """Group runs that differ only by their seed: names of runs, by the name of the first.
 
     Groups have two runs or more. Of runs with equal seeds, the first counts.
 
@@ -272,7 +272,7 @@ def check_same_pair(first: PairConfig, other: PairConfig, run: str, other_run: s
 
 
 def _recipe(run: Path) -> str | None:
-    """Return the digest of a run's configuration, without its seed and what changes no weight."""
+    """Return a digest of a run's configuration, without the seed and what affects no weight."""
     if not has_file(run / "config.yaml"):
         return None
     values = read_yaml(run / "config.yaml", dict[str, dict[str, Any]])

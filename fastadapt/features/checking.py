@@ -46,7 +46,7 @@ class Checked:
 
 
 def check_store(store: Store) -> list[Checked]:
-    """Read every file of a store and return its defects; none is raised.
+    """Check every file of a store; defects are returned, not raised.
 
     Args:
         store: opened with ``complete=False``; otherwise opening raises for missing files.

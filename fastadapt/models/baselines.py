@@ -296,7 +296,7 @@ def _matrices(mlp: nn.Module) -> dict[str, nn.Parameter]:
 def tuned_weights(
     pair: ModelPair, config: LoraConfig | Baseline, generator: torch.Generator | None = None
 ) -> nn.ModuleList:
-    """Return copies of the hybrid's weights to train, layer 0 first, in its dtype and device.
+    """Return copies of the hybrid's weights to train, layer 0 first, on the hybrid's device.
 
     Args:
         pair: the two models.

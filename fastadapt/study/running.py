@@ -95,7 +95,7 @@ class Study:
     stop: Event
 
     def cost(self) -> Cost:
-        """Return what remains to be done.
+        """Return the numbers of arms, in all and measured, and of responses still to sample.
 
         Raises:
             UserError: a required package is not installed, or a selection is empty.

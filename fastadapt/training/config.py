@@ -227,7 +227,7 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
 
 def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with keys of older files moved to those that replaced them.
+    """Return the values with keys of older files renamed to the present ones.
 
     ``adapter.kind`` is now ``run.trains``; ``data.train_on_prompt`` is now ``data.loss``. Files
     with the latter date from versions that read markers in a turn's words as tokens.

@@ -25,7 +25,7 @@ MOMENT_BYTES = 1 + 4 / 256
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW (arXiv 1711.05101), of its schedule, and of the sequences of a step.
+    """Settings of AdamW (arXiv 1711.05101), of its schedule, and of a step's batches.
 
     Args:
         lr: learning rate at the end of the warm-up.
@@ -64,12 +64,18 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", "a positive number", self.lr
+            self.lr > 0 and math.isfinite(self.lr),
+            "optimizer.lr",
+            "a finite number above 0",
+            self.lr,
         )
         fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(fine, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         require(
-            self.eps > 0 and math.isfinite(self.eps), "optimizer.eps", "a positive number", self.eps
+            self.eps > 0 and math.isfinite(self.eps),
+            "optimizer.eps",
+            "a finite number above 0",
+            self.eps,
         )
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         require(self.clip > 0, "optimizer.clip", "a positive number (.inf for none)", self.clip)

@@ -67,7 +67,7 @@ class WrittenFile(TypedDict):
 
 
 class SplitCounts(TypedDict):
-    """Counts of one split in ``manifest.json``; ``lengths`` counts conversations by tokens."""
+    """Counts of one split in ``manifest.json``; ``lengths`` is a histogram of lengths in tokens."""
 
     conversations: dict[str, Count]
     wanted: dict[str, Count]

@@ -216,7 +216,7 @@ def _hash(data: bytes, size: int) -> bytes:
 
 
 def lacks_thinking(content: Content) -> str | None:
-    """Return what a response or text lacks of its reasoning's markers; None if none is missing.
+    """Return which marker of reasoning a row's responses or text lack; None if both occur.
 
     One response with both suffices.
     """
@@ -229,7 +229,7 @@ def lacks_thinking(content: Content) -> str | None:
 
 
 class Candidate(NamedTuple):
-    """A row that may be drawn.
+    """A row of the source that can be drawn.
 
     Attributes:
         key: :func:`row_key` of the row.

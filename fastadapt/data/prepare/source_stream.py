@@ -78,7 +78,7 @@ class SourceStream:
             self.identity["subset"] = subset[0]
 
     def _first_rows(self) -> list[dict[str, Any]]:
-        """Return the first rows that can be read; the first error if there are none."""
+        """Return the first rows that can be read; raise the first error if there are none."""
         errors: list[UserError] = []
         if self._files is None:
             source = self._source

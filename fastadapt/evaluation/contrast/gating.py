@@ -70,7 +70,7 @@ def _means(
     gate: bool,
     config: BootstrapConfig | None,
 ) -> Intervals:
-    """Return the means of values ``[M, N]`` over the places where the gate is on, or off."""
+    """Average values ``[M, N]`` over the labelled positions with the gate on, or off."""
     chosen = torch.tensor([place.gate is gate for place in places])
     sums = values.new_zeros(len(values), n_texts).index_add_(1, text[chosen], values[:, chosen])
     return ratio(sums, torch.bincount(text[chosen], minlength=n_texts), config=config)

@@ -128,7 +128,7 @@ class PartialResults:
 
 
 def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
-    """Check names, dtypes and shapes of arrays; for a part (not ``whole``), except dimension 0.
+    """Check names, dtypes and shapes of arrays; dimension 0 only if ``whole``, not one batch.
 
     Raises:
         TensorError: an array is not as expected.

@@ -153,7 +153,7 @@ def order(
 def partial_gaps(
     a: Partial, b: Partial, family: Family, config: BootstrapConfig | None = None
 ) -> list[dict[str, Any]]:
-    """Return intervals of the KL of ``a`` minus ``b``, paired by text, of a whole family."""
+    """Return intervals of the KL of ``a`` minus ``b``, paired by text, for every n of a family."""
     curve: list[dict[str, Any]] = _curve(a, a.kl[family] - b.kl[family], config)
     return curve
 

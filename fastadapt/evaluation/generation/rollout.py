@@ -216,7 +216,7 @@ class Draw:
         name += ", or another of its batch: " if together else ": "
         raise LogitsError(
             f"{name}the model's logits are NaN or infinite, so that no token can be drawn. Weights "
-            "of 16 bits may overflow; pass --dtype float32"
+            "of 16 bits may overflow; pass --dtype float32 (fastadapt where: --pair.dtype float32)"
         )
 
     def forget(self) -> None:

@@ -150,7 +150,7 @@ def _questions(
 def shares(
     rows: Sequence[dict[str, Any]], n_layers: int, config: BootstrapConfig
 ) -> dict[str, Any]:
-    """Return the share of each class and subclass over all units and by layer.
+    """Return the share of each class and subclass over all units judged, and by layer.
 
     Args:
         rows: rows of ``CLASSES`` of one kind and judge.

@@ -40,7 +40,7 @@ REASONS = ("too rare", "too few examples", "no silent text")
 
 @dataclass(frozen=True)
 class DetectionCase:
-    """A unit to judge, the examples to show of one sample, and the texts to score, shuffled."""
+    """A feature or neuron to judge, examples of one sample to show, and shuffled texts to score."""
 
     unit: Unit
     sample: SampleKind
@@ -49,7 +49,7 @@ class DetectionCase:
 
     @property
     def truth(self) -> tuple[bool, ...]:
-        """For each scored text, whether the unit fires in it."""
+        """For each scored text, whether the feature or neuron fires in the text."""
         return tuple(any(window.fires) for window in self.texts)
 
 
@@ -171,7 +171,7 @@ def _splits(
 def _split(
     unit: Unit, examples: Mapping[SampleKind, Sequence[Window]], config: DescribeConfig
 ) -> _Split | None:
-    """Split the examples of each sample into shown and held-out; None if too few."""
+    """Split each sample of a unit's examples into shown and held-out; None if there are too few."""
     split: _Split = {}
     for sample in config.samples:
         windows = examples.get(sample, [])

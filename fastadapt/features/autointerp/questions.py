@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]  # (completed, total)
 
 @dataclass(frozen=True)
 class Example:
-    """Excerpt of a text, and whether the unit is active on each of its pieces."""
+    """Excerpt of a text, and whether a feature or neuron is active on each piece of the excerpt."""
 
     pieces: Pieces
     fires: tuple[bool, ...]

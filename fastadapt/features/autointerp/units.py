@@ -26,7 +26,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Window of a text: its start, its tokens, and whether the unit is active on each token."""
+    """Window of a text: start, tokens, and on which tokens a feature or neuron is active."""
 
     text: int
     start: int

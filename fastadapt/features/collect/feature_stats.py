@@ -206,7 +206,7 @@ def wrong_values(tensors: Mapping[str, Tensor], like: FeatureStats) -> Iterator[
 def windows_of(
     codes: SparseCodes, chosen: Tensor, batch: BatchTokens, config: CollectConfig
 ) -> Tensor:
-    """Return the activations of each chosen code's unit around its token: float32 ``[m, W]``.
+    """Return, for each chosen code, its unit's activations at the tokens around: ``[m, W]``.
 
     Args:
         codes: the codes of one layer and batch.

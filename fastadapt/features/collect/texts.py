@@ -67,7 +67,7 @@ class Source:
     bad_rows: Policy = "stop"
 
     def read_as(self) -> sources.Source:
-        """Return how the data are read."""
+        """Return the data as a source of :mod:`fastadapt.data`, with settings for reading them."""
         name = resolve(self.name)
         return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 

@@ -141,7 +141,7 @@ def share(first: nn.Module, second: nn.Module, names: Collection[str]) -> None:
 
 
 def share_parameter(module: nn.Module, name: str, other: str) -> None:
-    """Replace a parameter of a module by another one of its parameters."""
+    """Tie a parameter of a module to another parameter of the module."""
     _set_parameter(module, name, module.get_parameter(other))
 
 

@@ -228,7 +228,7 @@ def _split(name: str) -> tuple[str, str]:
 def _expected_shape(
     model: Any, name: str, part: str, shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Return the shape that a tensor must have in the base; free sizes are those of ``shape``."""
+    """Return the shape that the base requires of a tensor; ranks are taken from ``shape``."""
     try:
         module = model.get_submodule(name)
         weight = getattr(module, part if part == "bias" else "weight")
@@ -322,7 +322,7 @@ def _check_kind(settings: Mapping[str, Any], source: str) -> None:
 
 
 def choose_base(folder: PeftFolder, base: str) -> tuple[str, list[str]]:
-    """Return the base of a PEFT target, and notes: ``base``, or if empty the one that it names.
+    """Return the base of a PEFT target (by default the one that the folder names), and notes.
 
     Two names agree if they are equal, or if one of them is a path: trainers store the path of their
     own machine, and a copy of the base may lie anywhere. Whether the weights fit is checked later.

@@ -123,7 +123,7 @@ class MeasuredStep(NamedTuple):
 
 @dataclass(frozen=True)
 class FixedMemory:
-    """What a step holds on each device whatever its batch; bytes, unless stated otherwise.
+    """Memory of a step on each device that depends on no batch; bytes unless stated otherwise.
 
     Attributes:
         weights: weights and moments by part.
@@ -324,7 +324,7 @@ class _StepBytes(LiveBytes):
         self.peak = self.alive
 
     def end_head(self) -> None:
-        """End the head; the backward pass calls the blocks again, which starts no part."""
+        """End the part of the head; blocks that the backward pass calls start no new part."""
         self.end()
         for hook in self._hooks:
             hook.remove()

@@ -154,7 +154,7 @@ def _parse(description: str) -> tuple[Form | None, set[Key]]:
 
 
 def _counts(form: Form, examples: Iterable[Example]) -> tuple[Counter[Key], Counter[Key]]:
-    """Count, for each key, the positions with the key at which the unit is active, and all."""
+    """Count, for each key, the positions with the key that are active, and all of them."""
     active: Counter[Key] = Counter()
     positions: Counter[Key] = Counter()
     for example in examples:
