@@ -241,7 +241,7 @@ def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, fl
 def _responses(
     run: LoadedRun, texts: Sequence[Text], config: ChangesConfig
 ) -> list[dict[str, Any]]:
-    """Return models' likeliest responses to the texts' prompts, and where they leave the target's."""
+    """Return models' likeliest responses to the texts' prompts, and where they leave the target."""
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
     opening = opening_ids(run.models, config.prefill)
     prompts = [[*ids, *opening] for ids in prompts if ids]

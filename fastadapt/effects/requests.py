@@ -120,7 +120,9 @@ def _scale(text: str) -> tuple[str, float]:
     except ValueError:
         factor = math.nan
     if not equals or not math.isfinite(factor):
-        raise UserError(f"--scale: expected FEATURE=FACTOR, such as 2/17=0, got {text!r}")
+        raise UserError(
+            f"--scale: expected FEATURE=FACTOR, a finite factor, such as 2/17=0, got {text!r}"
+        )
     return name, factor
 
 

@@ -123,8 +123,8 @@ class TunedWeights(nn.Module):
         for name in sorted(ours.keys() | expected.keys()):
             if ours.get(name) != expected.get(name):
                 raise UserError(
-                    f"{self.kind} of layer {layer}: {name}: the model has "
-                    f"{expected.get(name, 'none')}, got {ours.get(name, 'none')}"
+                    f"{self.kind} of layer {layer}: {name}: expected "
+                    f"{expected.get(name, 'none')}, as in the model, got {ours.get(name, 'none')}"
                 )
 
 

@@ -225,7 +225,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UserError(
             f"{source} holds no tokenizer (none of {', '.join(_TOKENIZERS)}); give the folder or "
-            "hub id of one (pair.tokenizer; fastadapt data prepare: --tokenizer)"
+            "hub id of one (--pair.tokenizer; fastadapt data prepare: --tokenizer)"
         )
     with reading("tokenizer of", source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)

@@ -79,7 +79,10 @@ def test_without_features_and_bias_the_adapter_is_the_hybrid(
 def test_requests_that_make_no_sense_are_refused(tiny_run: TinyRun) -> None:
     run = load_run(tiny_run.folder, device="cpu")
     for request, message in (
-        ({"scale": ["0/1"]}, "--scale: expected FEATURE=FACTOR, such as 2/17=0, got '0/1'"),
+        (
+            {"scale": ["0/1"]},
+            "--scale: expected FEATURE=FACTOR, a finite factor, such as 2/17=0, got '0/1'",
+        ),
         ({"scale": ["0/1=x"]}, "got '0/1=x'"),
         ({"scale": ["0/1=nan"]}, "got '0/1=nan'"),
         ({"scale": ["0-1/2=3"]}, "LAYER/NUMBER, such as 2/17, got '0-1/2'"),

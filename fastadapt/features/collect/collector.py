@@ -116,7 +116,7 @@ def open_run(
     family = students.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"no validation data or chat template recorded in {run}; pass conversations (--data), "
+            f"no validation data or no chat format recorded in {run}; pass conversations (--data), "
             "or give the folder of a run"
         )
     if config.neurons_per_token is None and set(config.kinds) - {"adapter"}:

@@ -255,8 +255,9 @@ def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
     """Raise ``RunError`` if no feature or neuron of ``stats`` is active on any token."""
     if not bool(stats.counts.any()):
         raise RunError(
-            f"nothing fires: none of the {stats.n_layers} x {stats.n_features} {stats.kind} units "
-            f"is active on any of the {texts.tokens} tokens of {source}; pass other texts (--data)"
+            f"nothing fires: none of the {stats.n_layers} x {stats.n_features} features or neurons "
+            f"of kind {stats.kind} is active on any of the {texts.tokens} tokens of {source}; pass "
+            "other texts (--data)"
         )
 
 

@@ -190,8 +190,8 @@ class Store:
         """Return the numbers of layers, and of units per layer, of a kind."""
         if kind not in self.manifest["units"]:
             raise UserError(
-                f"{self.folder} holds no {kind} units, only {', '.join(self.kinds)}; "
-                "collect them (--kinds)"
+                f"{self.folder} holds no features or neurons of kind {kind}, only of "
+                f"{', '.join(self.kinds)}; collect them (fastadapt features collect --kinds)"
             )
         units = self.manifest["units"][kind]
         return int(units["n_layers"]), int(units["n_features"])

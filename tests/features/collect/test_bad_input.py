@@ -97,7 +97,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_adapters_alone_need_data(run: Path, tmp_path: Path) -> None:
     adapters = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
-    with pytest.raises(UserError, match="no validation data or chat template recorded in"):
+    with pytest.raises(UserError, match="no validation data or no chat format recorded in"):
         collect(adapters)
     data = rows(tmp_path / "own.jsonl", conversation(), conversation("4"))
     store = collect(adapters, tmp_path / "store", CollectConfig(data=data))
@@ -193,7 +193,7 @@ def test_nothing_fires(tmp_path: Path, run: Path) -> None:
         tensors = load_file(path)
         tensors["b_enc"].fill_(-1000)
         save_file(tensors, path)
-    with pytest.raises(RunError, match=r"nothing fires: none of the 4 x 24 adapter units"):
+    with pytest.raises(RunError, match=r"nothing fires: none of the 4 x 24 features or neurons"):
         collect(silent, tmp_path / "store", FEW)
     assert nothing_left(tmp_path / "store")
 
