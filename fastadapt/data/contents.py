@@ -89,7 +89,7 @@ def check_turns(turns: Sequence[Turn], where: str) -> list[Turn]:
 
 
 def read_text(value: Any, where: str, key: str) -> str:
-    """Return a turn's text, or the joined texts of its parts; raise ``UserError`` without text."""
+    """Return a turn's text, or the joined texts of its parts; raise ``UserError`` if not text."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         value = "".join(_part(part, f"{where}, part {i + 1}") for i, part in enumerate(value))
     if not isinstance(value, str):

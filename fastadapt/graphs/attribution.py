@@ -86,9 +86,9 @@ class Target:
 
 
 class Leaves:
-    """Source nodes of a text's edges: units, then tokens, biases and errors, N in all.
+    """Source nodes of a text's edges: features, other units, tokens, biases, errors; N in all.
 
-    The attributes are int64 and real tensors ``[N]``. Features come before the other units.
+    The attributes are int64 and real tensors ``[N]``, in this order.
 
     Attributes:
         kind: index into :data:`KINDS`.

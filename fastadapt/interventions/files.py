@@ -112,7 +112,7 @@ def intervene(
 
 
 def no_features(run: str | os.PathLike[str]) -> FeatureSet:
-    """Return the empty set for a run's adapter: the intervention ``only`` then leaves ``b_dec``.
+    """Return an empty set of a run's features; the intervention ``only`` on it leaves ``b_dec``.
 
     Raises:
         UserError: the run does not exist, or has no transcoders.

@@ -58,7 +58,7 @@ class LoraConfig:
     n_features: int
 
     def rank_for(self, width: int, shapes: Sequence[tuple[int, int]]) -> int:
-        """Return the rank to use for MLP matrices of these shapes, by default from ``width``.
+        """Return the given rank, or the one whose number of parameters is nearest to adapters'.
 
         Args:
             width: width of the residual stream, D. An adapter has ``2FD + F + D`` parameters.

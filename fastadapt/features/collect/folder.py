@@ -104,7 +104,7 @@ def _is_store(folder: Path) -> bool:
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Return whether a folder remains of a killed process: it has a lock, and only store files."""
+    """Return whether a folder is what a killed process left: a lock, and only files of a store."""
     known = {*_BESIDE, *_SHARED, *KINDS, NEXT}
     return (folder / LOCK).is_file() and all(
         _unstaged(path) in known

@@ -193,7 +193,7 @@ class StepBytes(NamedTuple):
 
 
 def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
-    """Return the role of each layer in a step: first, before, at or behind the bridge's cutoff."""
+    """Return each layer's role: ``first``, ``before`` the cutoff, ``fork`` at it, or ``behind``."""
     if config.objective.bridge == 0 or not 0 < cutoff < n_layers:
         cutoff = n_layers
     names: dict[int, Role] = {0: "first", cutoff: "fork"}
