@@ -203,8 +203,9 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
         (0.9, 0.99)
     """
     if not isinstance(values, Mapping):
-        name = prefix.rstrip(".") or "configuration"
-        raise UserError(f"{name}: expected keys with values, got {values!r}")
+        raise UserError(
+            f"{prefix.rstrip('.') or 'configuration'}: expected keys with values, got {values!r}"
+        )
     if kind is TrainConfig:
         values = move_old_keys(values)
         run, adapter = values.get("run"), values.get("adapter")

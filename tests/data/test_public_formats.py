@@ -437,7 +437,7 @@ def test_texts_beyond_the_model_are_left_out_and_counted(tokenizer: Any, tmp_pat
     counts = sequences.counts
     assert (counts.sequences, counts.beyond_model, counts.too_long) == (2, 1, 1)
     with pytest.raises(
-        UserError, match=r"longer than the model can read .* the shortest has 2 tok"
+        UserError, match=r"none fits into the model's context .* the shortest has 2 tok"
     ):
         load(path, tokenizer, max_positions=1)
 
@@ -452,7 +452,7 @@ def test_a_base_tokenizer_reads_text_and_asks_for_a_family(tokenizer: Any, tmp_p
     text = write_rows(tmp_path / "text.jsonl", [{"text": "one one"}])
     assert shown(load(text, plain)[0]) == ([2, 1, 1], "111")  # with the tokenizer's BOS
     chat = write_rows(tmp_path / "chat.jsonl", [GOOD])
-    with pytest.raises(UserError, match=r"the data hold conversations; give data\.family one of"):
+    with pytest.raises(UserError, match=r"the data hold conversations; set data\.family to one of"):
         load(chat, plain)
 
 
