@@ -101,7 +101,7 @@ class AdapterConfig:
                     f"{'give' if use == 'needed' else 'omit'} adapter.{name}"
                 )
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"adapter.{name} must be a finite number above 0, got {value}")
+                raise UserError(f"adapter.{name} must be a positive, finite number, got {value}")
 
     @property
     def features(self) -> int:

@@ -66,7 +66,7 @@ class OptimizerConfig:
         require(
             self.lr > 0 and math.isfinite(self.lr),
             "optimizer.lr",
-            "a finite number above 0",
+            "a positive, finite number",
             self.lr,
         )
         fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -74,7 +74,7 @@ class OptimizerConfig:
         require(
             self.eps > 0 and math.isfinite(self.eps),
             "optimizer.eps",
-            "a finite number above 0",
+            "a positive, finite number",
             self.eps,
         )
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)

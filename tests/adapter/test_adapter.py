@@ -259,7 +259,7 @@ def test_adapters_of_one_folder_must_be_alike(tmp_path: Path) -> None:
         ({"bandwidth": 0.1}, "bandwidth is not used"),
         (
             {"activation": "jumprelu", "bandwidth": 0.1, "initial_threshold": -1.0},
-            "initial_threshold must be a finite number above 0",
+            "initial_threshold must be a positive, finite number",
         ),
     ],
 )

@@ -140,7 +140,7 @@ CASES = [
         r"run\.seed: expected int, got 'x'",
     ),
     # --- impossible values
-    option("--optimizer.lr", "-1", r"optimizer\.lr: expected a finite number above 0, got -1\.0"),
+    option("--optimizer.lr", "-1", r"optimizer\.lr: expected a positive, finite number, got -1\.0"),
     option(
         "--optimizer.betas", "[0.9, 1.5]", r"optimizer\.betas: expected two numbers in \[0, 1\)"
     ),
