@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
     @property
     def positions(self) -> Tensor | None:
-        """The positions that models get, int64 ``[B, T]``; None: those of each row's tokens."""
+        """Position ids that models get, int64 ``[B, T]``; None: each row counts from 0."""
         return None if self.packing is None else self.packing.positions
 
     def pinned(self) -> Batch:

@@ -159,7 +159,7 @@ def _run_block(
 
 
 class _Streams(NamedTuple):
-    """Hidden states before the final norm, NMSE, and the adapters' calls of a traversal."""
+    """Result of a traversal: hidden states before the final norm, NMSE, and adapters' calls."""
 
     target: Tensor
     replacement: Tensor

@@ -39,7 +39,7 @@ MAX_LAYERS, MAX_WIDTH, MAX_FEATURES = 10_000, 1 << 20, 1 << 26
 
 @runtime_checkable
 class HasCard(Protocol):
-    """Weights of one layer that can be saved: a transcoder's, or a baseline's trained weights."""
+    """Interface of one layer's weights that can be saved: a transcoder's or a baseline's."""
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe the weights."""
@@ -127,7 +127,8 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
         return folder / "adapter"
     if has_file(folder / "config.yaml"):
         raise UserError(
-            f"{folder}: this run is not finished: it has no adapter/ yet; resume it (--resume)"
+            f"{folder}: this run is not finished: it has no adapter/ yet; resume its training "
+            "(fastadapt train ... --resume)"
         )
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
@@ -243,7 +244,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def read_settings(settings: Any, source: str) -> AdapterConfig:
-    """Build the transcoders' configuration from a file's settings, which must be complete.
+    """Build an :class:`AdapterConfig` from a file's settings, none of which may be missing.
 
     Args:
         settings: the value of ``adapter`` in ``fastadapt.json`` or ``config.json``.
@@ -254,7 +255,7 @@ def read_settings(settings: Any, source: str) -> AdapterConfig:
     """
     check(settings, AdapterSection, source)
     if unknown := sorted(settings.keys() - AdapterSection.__annotations__.keys()):
-        raise UserError(f"{source}: settings in 'adapter' do not match: unknown {unknown}")
+        raise UserError(f"{source}: 'adapter' has unknown settings {unknown}")
     try:
         return AdapterConfig(**settings)
     except UserError as error:

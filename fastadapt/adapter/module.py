@@ -84,7 +84,9 @@ class AdapterConfig:
         if self.k is not None and not 0 < self.k <= n_features:
             raise UserError(f"adapter.k must lie in (0, n_features={n_features}], got {self.k}")
         if self.activation == "topk" and self.k != int(self.k or 0):
-            raise UserError(f"adapter.k must be an integer for topk, got {self.k}; see batch_topk")
+            raise UserError(
+                f"adapter.k must be an integer for topk, got {self.k}; batch_topk takes fractions"
+            )
         if self.implementation not in IMPLEMENTATIONS:
             raise UserError(
                 f"adapter.implementation must be one of {', '.join(IMPLEMENTATIONS)}, "
@@ -99,7 +101,7 @@ class AdapterConfig:
                     f"{'give' if use == 'needed' else 'omit'} adapter.{name}"
                 )
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"adapter.{name} must be a positive number, got {value}")
+                raise UserError(f"adapter.{name} must be a positive, finite number, got {value}")
 
     @property
     def features(self) -> int:
@@ -231,7 +233,7 @@ class TranscoderAdapter(nn.Module):
         return self.config.features
 
     def decoder_bias(self) -> Tensor:
-        """Return ``b_dec``, or zeros ``[d_out]`` of an adapter without, which the kernels read."""
+        """Return ``b_dec`` for the kernels; zeros ``[d_out]`` if the adapter has no ``b_dec``."""
         return self.W_dec.new_zeros(self.d_out) if self.b_dec is None else self.b_dec
 
     def card(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _STAND_INS = str.maketrans(
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    """Return similar ASCII text for characters that cannot be encoded, or Python's escapes."""
+    """Replace characters that cannot be encoded by similar ASCII text, or by Python's escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_STAND_INS)

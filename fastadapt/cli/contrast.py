@@ -1,4 +1,4 @@
-"""`fastadapt contrast`: P(word) at labelled places, for every model and intervention of a run."""
+"""`fastadapt contrast`: P(word) at labelled positions, for every model and intervention."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def contrast(
     config: Annotated[ContrastConfig, Typed(flags=True)],
     statistics: BootstrapConfig,
 ) -> int:
-    """Compare the probability of words at labelled places of texts with that at matched places, for
-    base, hybrid, adapter, target and interventions on sets of features. Nothing is sampled. The
-    same command resumes an unfinished measurement.
+    """Compare the probability of words at labelled positions of texts with that at matched
+    positions, for base, hybrid, adapter, target and interventions on sets of features. Nothing is
+    sampled. The same command resumes an unfinished measurement.
 
     Args:
         run: a run; with --features, one with collected features

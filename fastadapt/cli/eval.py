@@ -72,7 +72,7 @@ def evaluate(
 
 
 def default_parts(config: EvalConfig) -> list[Part]:
-    """Return the parts that need no network, and benchmarks if a setting of them is changed."""
+    """Return all parts of an evaluation, ``benchmarks`` only if one of its settings is changed."""
     requested = config.benchmarks != EvalConfig().benchmarks
     return [part for part in PARTS if part != "benchmarks" or requested]
 

@@ -53,7 +53,9 @@ def convert(
     base: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write ``source`` in the format and return code that loads it; arguments as of `export`.
+    """Write ``source`` in ``format``; return Python code that loads the result.
+
+    The arguments are those of `export`.
 
     Raises:
         UserError: the source does not exist, the pair is not known, or the folder is in use.

@@ -279,7 +279,7 @@ def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> 
 
 
 def _launcher() -> list[str]:
-    """Return the words before the program if torchrun started this process among others."""
+    """Return the torchrun command that started this process and others; empty without others."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return []
     local, machines = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]

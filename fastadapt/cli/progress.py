@@ -129,7 +129,7 @@ class Progress:
             bar.refresh()
 
     def _source(self, source: dict[str, Any]) -> None:
-        """Write the share of a source in a mixture, and what was left out of it."""
+        """Write a source's share in a mixture, and how many of its rows were left out."""
         name, read = source["source"], source["read"]
         if "share" in source:
             self.write(f"{name}: {source['share']:.1%} of the training tokens")
@@ -160,7 +160,7 @@ class Progress:
         return "?" if seconds is None else duration(seconds)
 
     def _hint(self, record: dict[str, Any]) -> None:
-        """Write before the first step what already speaks against training."""
+        """Write, before the first step, why training may be pointless on these models and data."""
         if record["step"] == 0:
             from fastadapt.training.hints import hints
 
@@ -169,7 +169,7 @@ class Progress:
 
 
 class Pace:
-    """Time of a step and of an evaluation of a run, from the times of its records.
+    """Estimate the time of a step and of an evaluation from the times of a run's records.
 
     The first step of a process is left out if others are known, since it loads and compiles, and so
     are evaluations: those to come are added at their own time and distance.

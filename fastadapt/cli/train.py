@@ -115,7 +115,7 @@ def train_parser() -> Parser:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
-    """Return the configuration of a run and its flags from the arguments of `fastadapt train`.
+    """Parse the arguments of `fastadapt train` into a configuration and flags such as --resume.
 
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
@@ -139,7 +139,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
 
 
 def components_of(typed: Namespace) -> dict[str, Any]:
-    """Return the typed options ``--component.key``, by component."""
+    """Return the options ``--component.key`` of the command line, by component."""
     return {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
 
 
@@ -149,11 +149,11 @@ def write_typed(
     argv: Sequence[str],
     files: Sequence[str],
 ) -> None:
-    """Write typed options over the values of files. Trust in code is taken from options only.
+    """Replace values of files by options of the command line, the only source of trust in code.
 
     Args:
         values: values of the files by component; changed in place.
-        components: the typed options, from :func:`components_of`.
+        components: the options of the command line, from :func:`components_of`.
         argv: the words of the command line.
         files: names of the files, for the message.
 
@@ -176,7 +176,7 @@ def write_typed(
 
 
 def _typed_trust(argv: Sequence[str]) -> bool | None:
-    """Return the typed value of --pair.trust_remote_code, which the parser has accepted."""
+    """Return the value of --pair.trust_remote_code on the command line; None without it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--pair.trust_remote_code", dest="trust", default="null")
     typed, _ = parser.parse_known_args(argv)
@@ -232,7 +232,7 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str 
         below = values.setdefault(component, {})
         for keys in (fields, below):
             if not isinstance(keys, dict):
-                raise UserError(f"{source}{component}: expected keys, got {keys!r}")
+                raise UserError(f"{source}{component}: expected keys with values, got {keys!r}")
         below.update(fields)
 
 
@@ -242,7 +242,7 @@ ALLOCATOR = "expandable_segments:True"
 
 
 def set_allocator() -> None:
-    """Let the allocator of a GPU grow its segments, unless a variable has its settings.
+    """Let a GPU's allocator grow its segments, unless an environment variable configures it.
 
     Batches differ in length, so that the free parts of segments of a fixed size fit no later
     tensor. Torch reads the variable when it is imported or later.
@@ -380,7 +380,7 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
 
 
 def _pace(predicted: Prediction, device: Device) -> str:
-    """Return the time of a step and of the run, and the rate that they were computed from."""
+    """Describe the time of a step and of the run, and the FLOP rate that it is computed from."""
     rate = f"{device.flops_per_s / 1e12:.4g} TFLOP/s of {device.name} ({device.source})"
     if predicted.share is None:
         here = "" if device.is_here else "; run --dry-run on that machine to measure its share"

@@ -62,7 +62,7 @@ def read_turns(value: Any, column: str = "conversations") -> list[Turn]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise UserError(f"{column}: expected a list of turns, got {_kind(value)}")
     if not value:
-        raise UserError(f"{column}: expected a list of turns, got an empty conversation")
+        raise UserError(f"{column}: expected at least one turn, got an empty conversation")
     turns = []
     for i, entry in enumerate(value):
         where = f"{column}, turn {i + 1}"
@@ -89,7 +89,7 @@ def check_turns(turns: Sequence[Turn], where: str) -> list[Turn]:
 
 
 def read_text(value: Any, where: str, key: str) -> str:
-    """Return a content, or the joined texts of its parts; raise ``UserError`` for anything else."""
+    """Return a turn's text, or the joined texts of its parts; raise ``UserError`` if not text."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         value = "".join(_part(part, f"{where}, part {i + 1}") for i, part in enumerate(value))
     if not isinstance(value, str):
@@ -109,7 +109,7 @@ def _part(part: Any, where: str) -> str:
         return part
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-        raise UserError(f"{where}: expected a part of type 'text', got {kind!r:.40}")
+        raise UserError(f"{where}: expected a string or a part of type 'text', got {kind!r:.40}")
     return read_text(part.get("text"), where, "text")
 
 
@@ -122,7 +122,8 @@ def _keys(entry: Any, where: str) -> tuple[str, str]:
     for key in _BESIDE:
         if entry.get(key):
             raise UserError(
-                f"{where}: {key!r} is not read; write it into the turn's text as the model does"
+                f"{where}: {key!r} is not supported; write its content into the turn's text as the "
+                "model does"
             )
     # Arrow gives every turn all keys of its column, null where a turn has none.
     for keys in _KEYS:
@@ -186,7 +187,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the columns of a data set hold.
+    """Kind of content that a data set has, and the columns that hold it.
 
     Attributes:
         kind: how a row is read.
@@ -245,7 +246,7 @@ class Layout:
 
 
 def find_layout(rows: Sequence[Mapping[str, Any]], columns: str | None, where: str) -> Layout:
-    """Return what the columns of a data set hold.
+    """Find the kind of content of a data set, and the columns that hold it.
 
     Columns are recognised by name, if their values have the form. ``CONVERSATIONS``, ``TEXTS`` and
     ``IDS`` name single columns; ``PROMPTS`` and ``RESPONSES`` name pairs.
@@ -310,7 +311,10 @@ def _chosen(columns: str, examples: Mapping[str, Any], where: str) -> Layout:
             listed = ", ".join(map(repr, examples)) or "none"
             raise UserError(f"{where}: no column {name!r} (data.columns); the columns are {listed}")
     if len(chosen) > 2:
-        raise UserError(f"data.columns: expected one column, or prompt,response; got {columns!r}")
+        raise UserError(
+            "data.columns: expected one column, or those of prompt and response separated by a "
+            f"comma; got {columns!r}"
+        )
     if len(chosen) == 2:
         beside = tuple(n for n in (INPUT, *SYSTEMS) if n in examples and n not in chosen)
         return Layout("prompt and response", chosen, beside)
@@ -329,7 +333,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _are_parts(value: Sequence[Any]) -> bool:
-    """Return whether a list holds parts of one content, not turns."""
+    """Return whether a list holds parts of one turn's content, rather than turns."""
     return all(
         isinstance(part, str)
         or (isinstance(part, Mapping) and "type" in part and "role" not in part)

@@ -1,4 +1,4 @@
-"""Forms of chat of families of models: the text around each turn of a conversation."""
+"""Chat formats of model families: the text around each turn of a conversation."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def get_family(name: str) -> Family:
 
 
 def inline_family(spec: Mapping[str, Any]) -> Family:
-    """Return the family of a mapping; raise ``UserError`` for a key or value that has no place."""
+    """Build a family from a mapping; raise ``UserError`` for an unknown key or an invalid value."""
     known = [field.name for field in fields(Family) if field.name != "name"]
     for key in spec:
         if key not in known:
@@ -226,7 +226,9 @@ def inline_family(spec: Mapping[str, Any]) -> Family:
             values[key] = tuple(value)
         elif key == "markers":
             if not _is_texts(value) or not all(value):
-                raise UserError(f"data.family.markers: expected a list of texts, got {value!r:.60}")
+                raise UserError(
+                    f"data.family.markers: expected a list of non-empty texts, got {value!r:.60}"
+                )
             values[key] = tuple(value)
         elif isinstance(value, str):
             values[key] = value

@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
 
 def raise_bad(error: UserError) -> None:
-    """Stop at a row that cannot be read."""
+    """Raise ``error``, which is that of a row that cannot be read."""
     raise error
 
 

@@ -41,7 +41,7 @@ class Inspection:
 
     Attributes:
         layout: what the columns hold.
-        form: the form of chat.
+        form: the chat format.
         read: rows read.
         lengths: tokens of each text that can be read, in order.
         used: number of texts that a run would use.
@@ -86,7 +86,7 @@ def inspect_source(
     Args:
         source: the data set.
         tokenizer: transformers tokenizer of the pair.
-        config: form of chat, markers, loss and the largest number of tokens.
+        config: chat format, markers, loss and the largest number of tokens.
         max_positions: tokens that the model can read; None: any number.
         rows: number of rows to read; None: all.
         examples: number of examples to return.
@@ -135,7 +135,7 @@ def inspect_source(
 
 
 def form_name(spec: Spec) -> str:
-    """Return a form of chat in words.
+    """Describe a chat format in words.
 
     Example:
         >>> form_name("qwen"), form_name({"template": "{{ messages }}"})
@@ -151,7 +151,7 @@ def _count(each: Tokenised) -> int:
 
 
 def _example(each: Tokenised, tokenizer: Any) -> Example:
-    """Return a row's text in pieces; of token ids, what they decode to."""
+    """Split a row's text into what the loss counts and the rest; token ids are decoded."""
     ids = each.encoded.ids
     bounds = sorted({0, *each.labels, len(ids)})
     spans = list(zip(each.labels[::2], each.labels[1::2], strict=True))

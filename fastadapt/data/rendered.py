@@ -1,4 +1,4 @@
-"""A rendered text, and what its characters are."""
+"""A conversation rendered as text, in pieces of which each has a known role."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastadapt.data.contents import Role, Turn
 THINK, END_THINK = "<think>", "</think>"
 #: Family of data without conversations: plain text and token ids.
 TEXT_ONLY = "text"
-#: ``data.family`` of a tokenizer's own form of chat, see :func:`fastadapt.data.templates.resolve`.
+#: ``data.family`` of a tokenizer's own chat format, see :func:`fastadapt.data.templates.resolve`.
 AUTO = "auto"
 
 Spec = str | dict[str, Any]
-"""A form of chat as in a configuration: a name, or a mapping of an inline family or template."""
+"""A chat format as in a configuration: a name, or a mapping of an inline family or template."""
 
 Part = Literal["bos", "marker", "text", "end"]
 
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered text, and what its characters are.
+    """A conversation rendered as text, in pieces of which each has a known role.
 
     Attributes:
         pieces: the text in consecutive pieces.
@@ -115,7 +115,7 @@ class Rendered:
 
 
 class Form(Protocol):
-    """A form of chat.
+    """Chat format: writes the turns of a conversation as one text.
 
     Attributes:
         spec: name or mapping from which ``rendering.get_form`` makes this form again.
@@ -135,4 +135,4 @@ class Form(Protocol):
     def opening(self) -> str: ...
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
-        """Return the text of a conversation; raise ``UserError`` for turns that have no form."""
+        """Return the text of a conversation; raise ``UserError`` for turns it cannot write."""

@@ -1,6 +1,6 @@
 """Render conversations as the text that a model was trained on.
 
-A form of chat is a family (:mod:`fastadapt.data.families`), which writes turns between its markers,
+A chat format is a family (:mod:`fastadapt.data.families`), which writes turns between its markers,
 or the chat template of a tokenizer (:mod:`fastadapt.data.templates`). A template does not serve
 where it changes what was said. R1-Distill's template drops the reasoning before ``</think>`` from
 the assistant's turns, and its generation prompt already ends in ``<think>\\n``. The text is written
@@ -31,7 +31,7 @@ from fastadapt.errors import UserError, require
 
 @dataclass(frozen=True)
 class TextOnly:
-    """The form of data without conversations, which refuses to render."""
+    """Chat format of data without conversations: rendering a conversation raises an error."""
 
     spec: Spec = TEXT_ONLY
     markers: tuple[str, ...] = ()
@@ -42,12 +42,12 @@ class TextOnly:
         """Raise ``UserError``: conversations need a family."""
         raise UserError(
             f"data.family is {TEXT_ONLY!r}, for plain text and token ids, but the data hold "
-            f"conversations; give data.family one of {sorted(FAMILIES)}, or an inline family"
+            f"conversations; set data.family to one of {sorted(FAMILIES)}, or to an inline family"
         )
 
 
 def get_form(spec: Spec) -> Form:
-    """Return the form of chat of a name, an inline family, or a recorded template.
+    """Return the chat format that a name, an inline family or a recorded template stands for.
 
     Args:
         spec: a key of ``FAMILIES``; "text"; a mapping with the attributes of
@@ -79,7 +79,7 @@ def opening_of(form: Form, prefill: Prefill | None) -> str:
     """Return the text with which prompts open the assistant's turn.
 
     Args:
-        form: the form of chat.
+        form: the chat format.
         prefill: ``thinking``: the marker of reasoning and a line break; ``none``: no text, so that
             the model itself decides whether to reason; None: as the form's own template does.
 
@@ -99,7 +99,7 @@ def opening_of(form: Form, prefill: Prefill | None) -> str:
     require(prefill == "thinking", "prefill", " or ".join(get_args(Prefill)), prefill)
     if not form.thinking[0]:
         raise UserError(
-            "prefill: expected none, since the form of chat has no marker that opens reasoning "
+            "prefill: expected none, since the chat format has no marker that opens reasoning "
             "(data.family.thinking), got thinking"
         )
     return form.opening or f"{form.thinking[0]}\n"

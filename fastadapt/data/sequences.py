@@ -36,7 +36,7 @@ class DataConfig:
             a file also a mixture: a list of {source, weight, split, revision, subset, columns}, of
             which source alone is required; weights are shares of the training tokens.
         validation: held-out data: file, folder or dataset id.
-        family: form of chat. auto: the tokenizer's chat template where it writes every turn as it
+        family: chat format. auto: the tokenizer's chat template where it writes every turn as it
             is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwq, qwen3,
             llama3, llama2, mistral, olmo2, phi3, gemma; text: no conversations. In a file also a
             mapping:
@@ -117,7 +117,7 @@ class DataConfig:
             )
 
     def source(self, name: str, split: str, part: MixedSource | None = None) -> Source:
-        """Return how a source is read.
+        """Return a source of a split, with the settings for reading it.
 
         Args:
             name: file, folder or dataset id.
@@ -334,15 +334,15 @@ def _refuse_empty(
     source: str, read: int, bad: BadRows, config: DataConfig, shortest: int | None
 ) -> NoReturn:
     if not read:
-        raise UserError(f"{source}: expected conversations, got none")
+        raise UserError(f"{source}: expected at least one conversation or text, got none")
     if shortest is None:
         raise UserError(f"{source}: none of {read} rows can be used; the first: {bad.examples[0]}")
     if shortest > config.max_tokens:
         raise UserError(
-            f"{source}: all {read} conversations are longer than "
-            f"data.max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
+            f"{source}: of {read} rows none fits into data.max_tokens={config.max_tokens}: the "
+            f"shortest has {shortest} tokens"
         )
     raise UserError(
-        f"{source}: all {read} conversations are longer than the model can read "
-        f"(max_position_embeddings); the shortest has {shortest} tokens"
+        f"{source}: of {read} rows none fits into the model's context (max_position_embeddings): "
+        f"the shortest has {shortest} tokens"
     )

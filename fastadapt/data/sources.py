@@ -78,7 +78,7 @@ class MixedSource:
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise UserError(
-                f"data.train: weight of {self.source!r}: expected a number above 0, got "
+                f"data.train: weight of {self.source!r}: expected a finite number above 0, got "
                 f"{self.weight:g}; leave the source out to train without it"
             )
 
@@ -101,7 +101,7 @@ class Row(NamedTuple):
 
 @dataclass
 class BadRows:
-    """What happens to rows that cannot be read, and which they were.
+    """Policy for rows that cannot be read, and a record of these rows.
 
     Attributes:
         policy: "stop" raises the error of the first one, "skip" leaves them out.
@@ -138,7 +138,7 @@ class BadRows:
 def read_contents(
     source: Source, *, optional: Sequence[str] = (), bad: BadRows | None = None
 ) -> tuple[Layout | None, Iterator[Row]]:
-    """Return what the columns of a source hold, and its rows in order.
+    """Return the :class:`Layout` of a source's columns, and the source's rows in order.
 
     Args:
         source: the data set.
@@ -277,7 +277,7 @@ def _select_files(folder: Path, split: str) -> list[Path]:
 
 
 def _list_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield files with these suffixes below a folder; follow links, visit each folder once."""
+    """Yield the files below a folder with one of ``suffixes``; follow links, each folder once."""
     visited: set[str] = set()
     links = [folder]
     while links:

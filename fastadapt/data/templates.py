@@ -54,7 +54,7 @@ _TRIMS = (
 
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer as a form of chat.
+    """A tokenizer's chat template as a chat format.
 
     Attributes:
         template: Jinja text.
@@ -72,7 +72,7 @@ class Template:
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Template:
-        """Return the template of a mapping, the inverse of :attr:`spec`.
+        """Build a template from a mapping as :attr:`spec` returns it.
 
         Raises:
             UserError: an unknown key, or a value of another type.
@@ -115,7 +115,7 @@ class Template:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """No markers: the tokenizer's own special tokens are those of its template."""
+        """Empty, since a template's markers are special tokens of the tokenizer already."""
         return ()
 
     @cached_property
@@ -148,8 +148,8 @@ class Template:
             if rendered.text == whole:
                 return rendered
         raise UserError(
-            "the chat template does not write what was said as it is (it drops, moves or rewrites "
-            "part of a turn); give data.family a family instead"
+            "the chat template does not copy every turn unchanged (it drops, moves or rewrites "
+            "part of one); set data.family to a family instead"
         )
 
     def _run(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
@@ -187,7 +187,7 @@ class Template:
         if parts[1::2] != [turn.text for turn in turns]:
             raise UserError(
                 f"the chat template does not write each turn once, in order, for turns of roles "
-                f"{', '.join(roles)}; give data.family a family instead"
+                f"{', '.join(roles)}; set data.family to a family instead"
             )
         if not marked:
             written = self._written(turns, whole)
@@ -200,7 +200,7 @@ class Template:
                 if marked and turn.role == "assistant" and not inside:
                     raise UserError(
                         "the chat template's {% generation %} block does not hold the assistant's "
-                        "words; give data.family a family instead"
+                        "words; set data.family to a family instead"
                     )
                 pieces.append(Piece(part, "text", turn.role))
             elif part:
@@ -233,7 +233,7 @@ class Template:
         return pieces
 
     def _written(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]]:
-        """Return what the assistant writes, from renderings of the first turns only."""
+        """Return the character spans that the assistant writes, found by rendering fewer turns."""
         spans = []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -251,16 +251,16 @@ class Template:
                 and len(until) >= said + len(turn.text)
             ):
                 raise UserError(
-                    f"the chat template renders the first {i + 1} turns otherwise alone than in "
-                    "the whole conversation, so the assistant's part is unknown; give data.family "
-                    "a family instead, or a template with {% generation %} blocks"
+                    f"the chat template renders the first {i + 1} turns differently alone than in "
+                    "the whole conversation, so the assistant's part is unknown; set data.family "
+                    "to a family instead, or to a template with {% generation %} blocks"
                 )
             spans.append((len(begin), len(until)))
         return spans
 
 
 def resolve(spec: Spec, tokenizer: Any) -> Spec:
-    """Return the form of chat of a tokenizer for "auto", or ``spec`` itself for anything else.
+    """Return the chat format of a tokenizer for "auto", or ``spec`` itself for anything else.
 
     The tokenizer's chat template is taken if it writes the words of the user and of an assistant
     that reasons as they are, in one and in two rounds. Otherwise the family of ``FAMILIES`` is
@@ -268,7 +268,7 @@ def resolve(spec: Spec, tokenizer: Any) -> Spec:
     the form is "text", for data without conversations.
 
     Raises:
-        UserError: the template does not serve, and no family fits.
+        UserError: the template cannot be used, and no family fits.
     """
     if spec != AUTO:
         return spec
@@ -304,7 +304,7 @@ def family_of(tokenizer: Any) -> str | None:
 
 
 def _refusal(template: Template) -> str | None:
-    """Return why a template does not serve, or None if it does."""
+    """Return why a chat template cannot be used, or None if it can."""
     opening, closing = template.thinking
     rounds = [
         Turn("user", "a question"),

@@ -20,7 +20,7 @@ _CHUNK = 128  # rows per call of the tokenizer
 
 
 class Tokenised(NamedTuple):
-    """A row with its rendered text, its tokens and the stretches that losses count.
+    """A row with its rendered text, its tokens, and the token ranges that losses count.
 
     Attributes:
         row: the row.
@@ -37,7 +37,7 @@ class Tokenised(NamedTuple):
 
 
 class RowTokeniser:
-    """Renders and tokenizes rows of one form of chat.
+    """Renders and tokenizes rows in one chat format.
 
     Args:
         tokenizer: transformers tokenizer of the pair.
@@ -104,7 +104,7 @@ class RowTokeniser:
         return encoded
 
     def _label(self, row: Row, rendered: Rendered | None, encoded: Encoded | None) -> Tokenised:
-        """Return a row's tokens and labels; raise ``UserError`` if it has too few."""
+        """Return a row's tokens and labels; raise ``UserError`` for too few of either."""
         content = row.content
         if content.ids is not None:
             encoded = Encoded(list(content.ids), [], False)
@@ -113,9 +113,7 @@ class RowTokeniser:
         assert encoded is not None
         n = len(encoded.ids)
         if n < 2:
-            raise UserError(
-                f"the conversation has {n} token(s); at least 2 are needed. Remove the row"
-            )
+            raise UserError(f"the text has {n} token(s); at least 2 are needed. Remove the row")
         if self._loss == "all" or rendered is None:
             return Tokenised(row, rendered, encoded, [0, n])
         spans = rendered.responses() if self._loss == "assistant" else rendered.reasoning()
@@ -129,7 +127,7 @@ class RowTokeniser:
 def _token_spans(
     spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], n_characters: int
 ) -> list[int]:
-    """Return first token and end of each stretch of tokens that begin within spans."""
+    """Return first token and end of each run of tokens that begin within spans."""
     starts = [start for start, _ in offsets]
     stretches: list[int] = []
     for begin, end in spans:

@@ -36,7 +36,7 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer. Its settings for truncation and padding are ignored.
-        form: the form of chat that rendered the texts.
+        form: the chat format that rendered the texts.
         markers: "text", or "tokens": special tokens in a turn's words become tokens.
 
     Raises:
@@ -82,7 +82,7 @@ class Encoder:
         return Encoded([*bos, *encoded.ids], [(0, 0)] * len(bos) + encoded.offsets, encoded.marked)
 
     def _encode_apart(self, text: Rendered) -> Encoded:
-        """Encode the stretches between the template's markers, so that words cannot form one."""
+        """Encode the text between the template's markers apart, so that words form no marker."""
         plain = Rendered(
             tuple(
                 piece._replace(text=self._special.sub("x", piece.text))
@@ -95,7 +95,8 @@ class Encoder:
         if self._encode_stretches(plain).ids != whole:
             raise UserError(
                 "a turn's words hold a special token, and this tokenizer cannot encode them as "
-                "text; remove the row, or pass --data.markers tokens to read it as that token"
+                "text; remove the row, or set data.markers to tokens (fastadapt data: --markers "
+                "tokens) to read it as that token"
             )
         return self._encode_stretches(text)
 
@@ -113,7 +114,7 @@ class Encoder:
         return Encoded(ids, offsets, True)
 
     def _stretches(self, text: Rendered) -> Iterator[tuple[int, str, bool]]:
-        """Yield position and text of each stretch, and whether it is a single token."""
+        """Yield position and text of each stretch of text, and whether it is a single token."""
         pending, begin = "", 0
         for piece, start, _ in text.spans():
             if not pending:
@@ -130,7 +131,7 @@ class Encoder:
         yield from self._cut(pending, begin)
 
     def _cut(self, text: str, begin: int) -> Iterator[tuple[int, str, bool]]:
-        """Yield a stretch in pieces that end after the first character of a marker."""
+        """Cut a stretch of text after each first character of a marker, and yield the pieces."""
         start = 0
         for match in self._unsplit.finditer(text):
             cut = match.start() + 1
@@ -166,7 +167,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, offsets: bool, **options: Any
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the texts, the longest first; nothing for no text."""
+    """Return a pattern that matches any of the texts, longer ones first; nothing if no texts."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -178,7 +179,7 @@ def is_one_token(tokenizer: Any, text: str) -> bool:
 
 
 def check_markers(tokenizer: Any, form: Form) -> None:
-    """Raise ``UserError`` if a marker of the form is not one token of the tokenizer."""
+    """Raise ``UserError`` if a marker of a chat format is not one token of the tokenizer."""
     for marker in form.markers:
         if not is_one_token(tokenizer, marker):
             raise UserError(

@@ -47,7 +47,7 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """Yield (item, counts) for this rank's share of ``items``; a repeat does not count.
+        """Yield (item, counts) for this rank's share of ``items``; ``counts`` is false for padding.
 
         Every rank gets the same number of items, since all must take part in gathering weights. If
         the last round has too few items, a rank repeats one of them, which does not count.
@@ -118,7 +118,7 @@ class Ranks:
             dist.broadcast(tensor, src=0)
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over ranks, in place."""
+        """Replace a tensor in place by its sum over ranks."""
         if self.world > 1:
             dist.all_reduce(tensor)
 

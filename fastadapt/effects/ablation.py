@@ -74,7 +74,7 @@ class AblatedText:
 
     @torch.no_grad()
     def without(self, pairs: Iterable[Pair]) -> Tensor:
-        """Return :attr:`kl` of the replacement without these features."""
+        """Return KL(target ‖ replacement without these features) per token, as :attr:`kl`."""
         removed = self.pairs & set(pairs)
         if not removed:
             return self.kl
@@ -114,7 +114,7 @@ class AblatedText:
 
 @dataclass(frozen=True)
 class EffectsConfig:
-    """Which features are ablated, and on which texts.
+    """Settings of :func:`effects`: the features to ablate, and the number of texts.
 
     Args:
         top: number of features, by contribution, the strongest first.
@@ -228,7 +228,7 @@ def first_texts(store: Store, n: int) -> Iterator[Text]:
 
 
 def _with_earlier(store: Store, rows: pa.Table, positions: int) -> pa.Table:
-    """Return rows with those of the store of other features, measured on as many positions."""
+    """Append the store's rows of features not in ``rows``, if measured on as many positions."""
     if not store.has("effects"):
         return rows
     earlier = store.read("effects")

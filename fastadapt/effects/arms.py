@@ -68,7 +68,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class _Change:
-    """A change of a set of features."""
+    """An intervention: its kind, the factor of the features, and the model to compare with."""
 
     kind: ModelKind
     factor: float
@@ -163,19 +163,19 @@ class _Source:
         self._adapter = adapter_digest(run.models.folder(RUN))
 
     def unchanged(self, name: str, kind: ModelKind) -> Arm:
-        """Return a model of the pair, or the run, as an arm."""
+        """Return the arm of an unchanged model: one of the pair, or the run's replacement model."""
         model = RUN if name == ADAPTER else name
         sha256 = self._sha256[RUN if model == RUN else ""]
         opened = partial(self._run.models.generating, model)
         return Arm(name, kind, (Reader(name, f"{name} {sha256}", opened),))
 
     def feature_set(self, pairs: Iterable[Pair], name: str) -> FeatureSet:
-        """Return the given features of the run's adapter as a :class:`FeatureSet`."""
+        """Return the features ``pairs`` of the run's adapter as a :class:`FeatureSet`."""
         shape = (self._run.model.n_layers, self._run.model.n_features)
         return FeatureSet.from_pairs(pairs, adapter=self._adapter, shape=shape, expression=name)
 
     def drawn(self, features: FeatureSet, seed: int) -> FeatureSet:
-        """Return as many random features of equal density, which are not in the set."""
+        """Draw as many random features outside ``features``, each of matching density."""
         if self._run.store is None:
             raise UserError(
                 "random sets are drawn from collected features: run fastadapt features collect "
@@ -184,7 +184,7 @@ class _Source:
         return matched(self._run.store, features, 1, seed)
 
     def reader(self, change: _Change, features: FeatureSet) -> Reader:
-        """Return the model with the features changed."""
+        """Return a reader of the model in which ``features`` are changed."""
         changed = ~features if change.kind == "only" else features
         onto: Literal["base", "target"] = "target" if change.kind == "onto-target" else "base"
         facts = (self._sha256[RUN], change.kind, change.factor, features.digest())

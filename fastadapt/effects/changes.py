@@ -40,7 +40,7 @@ _CANDIDATES = 24  # features ablated at a position, by contribution
 
 @dataclass(frozen=True)
 class ChangesConfig:
-    """What is measured.
+    """Settings of :func:`changes`: numbers of texts, features, positions and prompts.
 
     Args:
         texts: number of texts of the store, from its start.
@@ -72,7 +72,7 @@ class ChangesConfig:
 
 
 class _Place(NamedTuple):
-    """A position of a text, sorted by the hybrid's KL there."""
+    """A position of a text; the hybrid's KL at the position comes first, to sort by."""
 
     hybrid: float
     text: int
@@ -145,7 +145,7 @@ class _Sums:
         self._places: list[_Place] = []
 
     def add(self, index: int, text: Text) -> None:
-        """Add a text."""
+        """Add the KLs of a text to the sums."""
         read = AblatedText(self._model, text.tokens.tolist())
         hybrid, adapter = read.hybrid(), predicted_sum(read.kl)
         self.kl["hybrid"] += predicted_sum(hybrid)
@@ -158,23 +158,23 @@ class _Sums:
         self._places += [_Place(kl, index, t) for t, kl in enumerate(hybrid[:-1].tolist())]
 
     def mean(self, total: float) -> float:
-        """Return a sum over positions as a mean."""
+        """Divide a sum by the number of predicted tokens."""
         return total / max(1, self.positions)
 
     def layers(self, store: Store) -> list[dict[str, float]]:
-        """Return each layer's share of the contributions, and the rise of the KL without it."""
+        """Return each layer's share of contributions, and the rise of the KL without the layer."""
         pairs = zip(by_layer(store), self._by_layer, strict=True)
         return [{"share": share, "delta_kl": self.mean(rise)} for share, rise in pairs]
 
     def features(self, store: Store) -> list[dict[str, Any]]:
-        """Return the details of the measured features, the largest rise of the KL first."""
+        """Return what the store says of each ablated feature, the largest rise of the KL first."""
         pairs = sorted(self._rises, key=lambda pair: (-self._rises[pair], pair))
         units = read_details(store, pairs, examples=1)
         rises = [self.mean(self._rises[pair]) for pair in pairs]
         return [{**asdict(unit), "delta_kl": rise} for unit, rise in zip(units, rises, strict=True)]
 
     def places(self, run: LoadedRun, texts: Sequence[Text], n: int) -> list[tuple[_Place, int]]:
-        """Return the positions with the largest KL of the hybrid, one of each kind.
+        """Return the positions with the hybrid's largest KL, one for each pair of adjacent tokens.
 
         Positions are of one kind if the token and the token after it are equal. Each comes with the
         number of positions of its kind among the 20 n with the largest KL.
@@ -241,7 +241,7 @@ def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, fl
 def _responses(
     run: LoadedRun, texts: Sequence[Text], config: ChangesConfig
 ) -> list[dict[str, Any]]:
-    """Return each model's most likely response to the prompts of texts, cut where it differs."""
+    """Return models' likeliest responses to the texts' prompts, and where they leave the target."""
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
     opening = opening_ids(run.models, config.prefill)
     prompts = [[*ids, *opening] for ids in prompts if ids]

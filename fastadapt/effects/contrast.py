@@ -1,4 +1,4 @@
-"""Contrast models and interventions: P(word) at labelled places of texts against matched places.
+"""Contrast models and interventions: P(word) at labelled positions against matched positions.
 
 Texts are read, not sampled. On the embedded pair's data the labelled places are the ends of slips,
 and the matched places are the ends of the other steps. On other texts they are the places before a
@@ -64,7 +64,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Which words, places and interventions are compared.
+    """Settings of a contrast: words, positions and interventions.
 
     Args:
         words: the set of words. All tokens that equal a word, stripped and in lower case, belong to
@@ -106,7 +106,9 @@ class ContrastConfig:
                 raise UserError(f"{name}: expected {least} or more, got {getattr(self, name)}")
         plain = list(map(_plain, self.words))
         if not plain or not all(plain) or len(set(plain)) < len(plain):
-            raise UserError(f"words: expected different words, got {list(self.words)}")
+            raise UserError(
+                f"words: expected one or more different words, none blank, got {list(self.words)}"
+            )
         for name in ("features", "scales", "factors"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -234,7 +236,7 @@ def _plain(word: str) -> str:
 
 
 def _source(run: LoadedRun, responses: str | None) -> Source:
-    """Return where labels come from by default: the embedded pair's data have slips."""
+    """Return the default source of labels: slips for an embedded pair's own data, else words."""
     generated = run.config is not None and run.config.data.validation in NAMES
     return "slips" if generated and responses is None else "words"
 
@@ -266,7 +268,7 @@ def _texts(run: LoadedRun, n: int, responses: str | None) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Reads models at places of the texts, and stores what was read."""
+    """Computes quantities of models at positions of the texts, and stores them."""
 
     run: LoadedRun
     texts: list[Text]
@@ -296,7 +298,8 @@ class _Reading:
 
 
 class _Labelled(NamedTuple):
-    """The places, all sites to read, entropy by site, and places matched within their text."""
+    """Labelled positions, all positions to read, their entropy, and the number of matches within
+    a text."""
 
     places: list[Place]
     sites: list[Site]
@@ -312,7 +315,7 @@ def _labelled(
     strings: Sequence[str],
     words: Mapping[str, Sequence[int]],
 ) -> _Labelled | None:
-    """Return the places with their matched places; None if stopped."""
+    """Return the labelled positions with their matched positions; None if stopped."""
     (reader,) = next(arm.readers for arm in arms if arm.name == config.entropy)
     label, quantity = f"entropy of the {config.entropy}", entropy_of(reading.decoder)
     if source == "slips":
@@ -363,7 +366,7 @@ def _describe(
     entropy_of: str,
     statistics: BootstrapConfig,
 ) -> dict[str, Any]:
-    """Return the section ``places``."""
+    """Return the section ``places`` of ``contrast.json``."""
     places, entropy = labelled.places, labelled.entropy
     sums = torch.zeros(3, len(texts), dtype=torch.float64)
     for place in places:
@@ -397,7 +400,7 @@ def _models(
     words: Sequence[str],
     statistics: BootstrapConfig,
 ) -> list[dict[str, Any]]:
-    """Return the section ``models``."""
+    """Return the section ``models`` of ``contrast.json``."""
     rows = rows_of(labelled.places, labelled.sites)
     contrasts = {name: Contrast.of_draws(draws, rows) for name, draws in odds.items()}
     references = {arm.name: arm.reference for arm in arms if arm.reference is not None}

@@ -57,7 +57,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Generated:
-    """A response.
+    """A generated response.
 
     Attributes:
         model: name of the model.
@@ -106,8 +106,8 @@ def generate_all(
     config = config or GenerateConfig()
     if factors and ADAPTER not in config.models:
         raise UserError(
-            f"features are those of the model {ADAPTER}; expected it among --models, got "
-            f"{', '.join(config.models)}"
+            f"--without and --scale change features of the model {ADAPTER}; expected it among "
+            f"--models, got {', '.join(config.models)}"
         )
     requests = [Request(f"prompt {i}", tuple(prompt)) for i, prompt in enumerate(prompts)]
     by_prompt: list[list[Generated]] = [[] for _ in prompts]

@@ -111,7 +111,7 @@ def _features(changes: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _disagreement(each: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a position with its numbers as texts."""
+    """Format the numbers of a position for the page."""
     alike = "" if each["alike"] == 1 else f", {each['alike']} places alike"
     features = [
         f"{_name(feature)} {feature['promotes']} {feature['delta_kl']:+.3g}"

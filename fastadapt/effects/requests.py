@@ -27,14 +27,14 @@ def prompt_ids(
     """Return the tokens of a user's prompt, rendered as the run's training data were.
 
     Args:
-        models: the run; its tokenizer and its rendering family are used.
+        models: the run; its tokenizer and its chat format are used.
         prompt: the user's text.
         plain: encode the text as it is, with the tokenizer's default special tokens.
         prefill: how the prompt opens the response, see
             :func:`fastadapt.data.rendering.opening_of`.
 
     Raises:
-        UserError: the prompt is empty, the run records no rendering family, or ``prefill`` is given
+        UserError: the prompt is empty, the run records no chat format, or ``prefill`` is given
             with ``plain``.
     """
     if plain and prefill is not None:
@@ -47,21 +47,21 @@ def prompt_ids(
     family = _family(models)
     if family is None:
         raise UserError(
-            f"{models.compared[models.runs[0]].run}: no rendering family recorded, so a prompt "
-            "cannot be written as a turn of a conversation; pass --plain to read the text as it is"
+            f"{models.compared[models.runs[0]].run}: no chat format recorded, so a prompt cannot "
+            "be written as a turn of a conversation; pass --plain to read the text as it is"
         )
     return response_ids(models, render_prompt(prompt, family, prefill))
 
 
 def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
-    """Return the tokens with which a run's prompts open the response; none without a family.
+    """Return the tokens with which a run's prompts open the response; none without chat format.
 
     Raises:
-        UserError: the run records no rendering family, and ``prefill`` is ``thinking``.
+        UserError: the run records no chat format, and ``prefill`` is ``thinking``.
     """
     family = _family(models)
     if family is None and prefill == "thinking":
-        raise UserError("prefill: expected none, since the run records no rendering family")
+        raise UserError("prefill: expected none, since the run records no chat format")
     text = "" if family is None else opening_of(get_form(family), prefill)
     return response_ids(models, text) if text else []
 
@@ -120,7 +120,9 @@ def _scale(text: str) -> tuple[str, float]:
     except ValueError:
         factor = math.nan
     if not equals or not math.isfinite(factor):
-        raise UserError(f"--scale: expected FEATURE=FACTOR, such as 2/17=0, got {text!r}")
+        raise UserError(
+            f"--scale: expected FEATURE=FACTOR, a finite factor, such as 2/17=0, got {text!r}"
+        )
     return name, factor
 
 

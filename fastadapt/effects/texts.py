@@ -13,7 +13,7 @@ UNIT_HEAD = ("feature", "contribution", "share", "ΔKL", "density", "mostly in",
 
 
 def unit_row(unit: UnitDetails) -> list[str]:
-    """Return a unit as a row below :data:`UNIT_HEAD`."""
+    """Return a feature or neuron as a row of the table with the head :data:`UNIT_HEAD`."""
     said = [described["description"] for described in unit.descriptions[:1]]
     promoted = " ".join(token for token, _ in unit.promoted[:5])
     return [
@@ -28,7 +28,7 @@ def unit_row(unit: UnitDetails) -> list[str]:
 
 
 def unit_lines(unit: UnitDetails) -> list[str]:
-    """Return everything about a unit as lines."""
+    """Return everything that a store says about a feature or neuron, as lines of text."""
     noun = "feature" if unit.kind == "adapter" else f"neuron of the {unit.kind}"
     lines = [f"Layer {unit.layer}, {noun} {unit.feature}"]
     for described in unit.descriptions:

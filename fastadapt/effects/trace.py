@@ -66,8 +66,8 @@ class Trace:
     fires: list[list[Firing]]
 
     def totals(self) -> list[Firing]:
-        """Return each feature that fires once: values and contributions summed over tokens, the
-        largest contribution first."""
+        """Return one entry per feature that fires: values and contributions summed over tokens,
+        the largest contribution first."""
         sums: dict[Pair, tuple[float, float]] = {}
         for firing in (firing for here in self.fires for firing in here):
             value, contribution = sums.get(firing.pair, (0.0, 0.0))

@@ -254,7 +254,7 @@ class Comparison:
 
     @property
     def _groups(self) -> dict[str, list[str]]:
-        """Runs that differ by their seed only, by the name of the first."""
+        """Groups of runs that differ only by their seed, by the name of the first run."""
         return seed_groups(self.models.compared.values())
 
     @property

@@ -45,7 +45,7 @@ from fastadapt.models.traversal import Stream, carrying
 
 
 class UnreadableError(UserError):
-    """The base has no row in its embedding for a token of the target."""
+    """A token id of the target has no row in the base's embedding, so the base cannot read it."""
 
 
 def load_base(pair: ModelPair) -> Any:
@@ -76,7 +76,7 @@ class ModelSet:
     Attributes:
         config: settings of the pair, with resolved names.
         compared: the models by name: ``base`` and ``hybrid``, then the runs in the order given.
-        family: rendering family of the first run's training data; None if not recorded.
+        family: chat format of the first run's training data; None if not recorded.
     """
 
     def __init__(

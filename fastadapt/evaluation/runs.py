@@ -105,7 +105,7 @@ class ComparedModel:
 
 
 def seed_groups(models: Iterable[ComparedModel]) -> dict[str, list[str]]:
-    """Return the names of runs that differ by their seed only, by the name of the first.
+    """Group runs that differ only by their seed: names of runs, by the name of the first.
 
     Groups have two runs or more. Of runs with equal seeds, the first counts.
 
@@ -153,15 +153,19 @@ def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | Non
     if names is None:
         names = [Path(os.path.realpath(typed_path(run, "run"))).name for run in runs]
     if len(names) != len(runs):
-        raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
+        raise UserError(
+            f"--names: expected as many names as runs, got {len(names)} for {len(runs)} runs"
+        )
     for name in names:
         if name in BUILT_IN:
             raise UserError(
-                f"a run's name: {name!r} is already the name of a model of every pair; pass --names"
+                f"a run's name: {name!r} is already the name of a model of every pair; rename the "
+                "folder, or pass --names to fastadapt eval"
             )
         if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
             raise UserError(
-                f"a run's name: expected letters, digits and ._-+=, got {name!r}; pass --names"
+                f"a run's name: expected letters, digits and ._-+=, and no leading dot, got "
+                f"{name!r}; rename the folder, or pass --names to fastadapt eval"
             )
         check_name(name, "a run's name (--names)")
         if names.count(name) > 1:
@@ -268,7 +272,7 @@ def check_same_pair(first: PairConfig, other: PairConfig, run: str, other_run: s
 
 
 def _recipe(run: Path) -> str | None:
-    """Return the digest of a run's configuration, without its seed and what changes no weight."""
+    """Return a digest of a run's configuration, without the seed and what affects no weight."""
     if not has_file(run / "config.yaml"):
         return None
     values = read_yaml(run / "config.yaml", dict[str, dict[str, Any]])

@@ -107,7 +107,7 @@ def difference_over_seeds(
 
 
 def _values(sums: Tensor, counts: Tensor) -> Tensor:
-    """Return ``y [..., S, n]``: each run's ratio plus each text's linear contribution to it."""
+    """Return ``y [..., S, n]``: the ratio of run s plus the linearised deviation of text i."""
     x = sums.detach().to("cpu", torch.float64)
     c = counts.detach().to("cpu", torch.float64).expand_as(x)
     if x.ndim < 2 or x.shape[-2] < 2:
@@ -117,7 +117,7 @@ def _values(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def _parts(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return variances of the mean: of runs, of texts, and the share of ``e`` in both."""
+    """Return variances of the mean over runs and over texts, and the noise that both include."""
     s, n = y.shape[-2:]
     runs, texts = y.mean(-1), y.mean(-2)
     e = y - runs[..., None] - texts[..., None, :] + y.mean((-2, -1))[..., None, None]

@@ -91,7 +91,7 @@ def ratio(
     bounds: tuple[float, float] | None = None,
     config: BootstrapConfig | None = None,
 ) -> Intervals:
-    """Return the interval of ``Σ sums / Σ counts`` over units.
+    """Return the interval of ``Σ sums / Σ counts`` over the n sampled units (texts or questions).
 
     Use it for means, proportions and paired differences.
 
@@ -114,7 +114,7 @@ def ratio(
     x = sums.detach().to("cpu", torch.float64)
     c = counts.detach().to("cpu", torch.float64).expand_as(x)
     if not (x.isfinite().all() and c.isfinite().all()):
-        raise ValueError("sums and counts must be finite, got NaN or infinity")
+        raise ValueError("sums, counts: expected finite values, got NaN or infinity")
     shape, (x, c) = x.shape[:-1], (x.reshape(-1, x.shape[-1]), c.reshape(-1, x.shape[-1]))
     units = (c != 0).sum(1)
     moments = torch.stack([x, c, x * x, x * c, c * c])
@@ -195,7 +195,7 @@ def recovered(
 
 
 def difference(a: Intervals, b: Intervals) -> Intervals:
-    """Return the interval of ``a - b`` of two samples without a common unit.
+    """Return the interval of ``a - b`` for estimates from two independent samples.
 
     The method is MOVER (Zou and Donner 2008): each end lies as far from the estimate as the
     distances of the two nearer ends, added as squares.

@@ -28,7 +28,7 @@ _MOST_LINES = 8  # reported per file
 
 @dataclass
 class Checked:
-    """The result for one file of a store.
+    """Result of checking one file of a store.
 
     Attributes:
         name: path within the store's folder.
@@ -46,7 +46,7 @@ class Checked:
 
 
 def check_store(store: Store) -> list[Checked]:
-    """Read every file of a store and return its defects; none is raised.
+    """Check every file of a store; defects are returned, not raised.
 
     Args:
         store: opened with ``complete=False``; otherwise opening raises for missing files.

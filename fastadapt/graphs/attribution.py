@@ -86,7 +86,9 @@ class Target:
 
 
 class Leaves:
-    """The leaves of a trace: int64 and real tensors ``[N]``, units first, features before others.
+    """Source nodes of a text's edges: features, other units, tokens, biases, errors; N in all.
+
+    The attributes are int64 and real tensors ``[N]``, in this order.
 
     Attributes:
         kind: index into :data:`KINDS`.
@@ -162,7 +164,7 @@ class Leaves:
         return slice(self.n_units, self.n_units + self._n_tokens)
 
     def block(self, kind: Kind, layer: int) -> slice | None:
-        """Return the leaves of a kind with one leaf per position; None if the trace has none."""
+        """Return the leaves of ``kind`` in a layer, one per position; None without such leaves."""
         if kind not in self._blocks:
             return None
         n_layers = (len(self) - self.tokens.stop) // (len(self._blocks) * self._n_tokens)
@@ -205,7 +207,7 @@ class Leaves:
 
 @torch.no_grad()
 def add_edges(trace: Trace, leaves: Leaves, into: Tensor, grads: BlockGradients) -> None:
-    """Fill the columns of ``into`` for the leaves of one block; at block 0 also for the tokens.
+    """Write into ``into`` the edges from the source nodes of one block; at block 0 also tokens.
 
     Args:
         trace: the trace.

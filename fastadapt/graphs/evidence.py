@@ -1,4 +1,4 @@
-"""Whether a graph is true: its account of the difference, and ablations against its predictions."""
+"""Test a graph: its account of the difference to the hybrid, and ablations beside predictions."""
 
 from __future__ import annotations
 

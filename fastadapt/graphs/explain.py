@@ -115,7 +115,7 @@ def token_ids(model: ReplacementModel, prompt: str) -> Tensor:
 
 
 def check_dtype(dtype: str) -> None:
-    """Check that a dtype is precise enough for the edges to sum to the value they explain.
+    """Check that a dtype is precise enough for edges to sum to the value that they explain.
 
     Raises:
         UserError: it has 16 bits.

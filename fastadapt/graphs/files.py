@@ -225,7 +225,7 @@ def _check_node(document: GraphFile, node: Node, where: str) -> None:
 
 
 def _nodes_of(document: GraphFile) -> Iterator[tuple[str, list[int]]]:
-    """Yield the nodes that the parts of a document beside its rows name."""
+    """Yield the indices of nodes in the sections ``heads`` and ``evidence`` of a document."""
     yield "heads", [edge["node"] for edge in document["heads"]]
     for sample in document["evidence"]["samples"] if "evidence" in document else ():
         yield "evidence", sample["nodes"]

@@ -76,7 +76,7 @@ class Row:
 
     @property
     def shares(self) -> Tensor:
-        """The part of ``size`` of each stored edge."""
+        """Each stored edge as a share of ``size``."""
         return self.weights.abs() / self.size if self.size > 0 else self.weights * 0
 
 

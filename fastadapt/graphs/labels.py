@@ -80,7 +80,7 @@ def strongest_paths(graph: Graph, document: GraphFile, n: int) -> list[tuple[flo
 
 
 def node_name(document: GraphFile, i: int) -> str:
-    """Return the name of a node and its place, such as ``feature 2/17 ' wait'@60``."""
+    """Return the name of a node with its position, such as ``feature 2/17 ' wait'@60``."""
     node = document["nodes"][i]
     place = f"{document['tokens'][node['position']]!r}@{node['position']}"
     if node["kind"] == "token":

@@ -259,7 +259,7 @@ def fake_trace(model: ReplacementModel, setup: GraphSetup) -> Trace:
 
 
 def _peak(live: LiveBytes, call: Any, *args: Any) -> int:
-    """Return the most bytes alive in a call beyond those before it; its result is freed."""
+    """Return the peak of the bytes alive in a call, beyond those alive before the call."""
     before = live.peak = live.alive
     call(*args)
     return live.peak - before

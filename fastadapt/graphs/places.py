@@ -1,4 +1,4 @@
-"""Find places in sampled responses at which a model is about to say a word."""
+"""Find positions in sampled responses at which a model is about to say a word."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BEFORE = 60  # characters of the text before a place
 
 @dataclass(frozen=True)
 class PlaceConfig:
-    """Which places to list.
+    """Settings of :func:`find_places`: the words, and which positions to list.
 
     Args:
         words: words; a token counts as a word if its text without surrounding spaces is the word,
@@ -39,13 +39,13 @@ class PlaceConfig:
 
     def __post_init__(self) -> None:
         if not self.words or not all(word.strip() for word in self.words):
-            raise UserError(f"--at: expected one or more words, got {list(self.words)}")
+            raise UserError(f"--at: expected one or more words, none blank, got {list(self.words)}")
         if self.above is not None and not 0 < self.above <= 1:
             raise UserError(f"--above: expected more than 0 and at most 1, got {self.above}")
 
 
 class Place(NamedTuple):
-    """A position of a response that a model predicts a word after."""
+    """A position of a response after which a model predicts a word."""
 
     id: str  #: of the prompt
     repetition: int
@@ -81,7 +81,7 @@ def find_places(
     progress: Callable[[int, int], Any] | None = None,
     stop: Event | None = None,
 ) -> list[Place]:
-    """Return the places of responses, in the order of the file.
+    """Return the positions of responses at which a model predicts a word, in the file's order.
 
     Args:
         model: the replacement model.

@@ -16,7 +16,7 @@ _Index = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]
 
 
 class Node(TypedDict):
-    """A leaf: ``layer`` is -1 for tokens, ``feature`` -1 for all kinds but units."""
+    """A source node of edges: ``layer`` is -1 for tokens, ``feature`` -1 for all but units."""
 
     kind: Kind
     layer: _Index

@@ -39,7 +39,7 @@ class LogitTarget(Target):
     softcap: float | None = None
 
     def measure(self, state: Tensor) -> Tensor:
-        """Return the target's combination of logits for final-norm states ``[..., D]``, capped."""
+        """Return the combined logits ``[...]`` of states ``[..., D]`` after the final norm."""
         if self.softcap is None:
             return super().measure(state)
         logits = _capped(state @ self.head.T.to(state), self.softcap)

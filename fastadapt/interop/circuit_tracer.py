@@ -204,7 +204,7 @@ def convert(
 def _folded(
     graph: GraphFile,
 ) -> tuple[dict[_Place, float], list[Edge[_Place]], dict[_Place, float]]:
-    """Return influence, edges and activations, with biases and errors of a place as one node."""
+    """Return influence, edges and activations; biases and errors of a position form one node."""
     places, influence, activation = [], dict[_Place, float](), dict[_Place, float]()
     for node in graph["nodes"]:
         kind, layer, position = TYPES[node["kind"]], node["layer"], node["position"]

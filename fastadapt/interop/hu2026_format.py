@@ -109,7 +109,7 @@ def _transposed(read: Lazy) -> Tensor:
 
 
 def check_writable(config: Mapping[str, Any], first: TranscoderAdapter) -> None:
-    """Raise ``UserError`` if the published format has no place for a model or its adapters."""
+    """Raise ``UserError`` if the published format cannot hold a model or its adapters."""
     if config.get("model_type") != "qwen2" or first.config.activation != "relu":
         raise UserError(
             "the published format needs a Qwen2 model with ReLU adapters; this is "

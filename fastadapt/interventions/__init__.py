@@ -79,7 +79,7 @@ class Intervention:
             raise UserError(f"scale: expected a finite number, got {self.scale}")
 
     def checked(self, features: FeatureSet) -> FeatureSet:
-        """Return the set itself; raise ``UserError`` if it is empty, except for ``only``."""
+        """Return ``features``; raise ``UserError`` for an empty set unless the kind is ``only``."""
         return features if self.kind == "only" else features.not_empty()
 
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:

@@ -112,7 +112,7 @@ def intervene(
 
 
 def no_features(run: str | os.PathLike[str]) -> FeatureSet:
-    """Return the empty set of a run's adapter, of which ``only`` leaves ``b_dec`` alone.
+    """Return an empty set of a run's features; the intervention ``only`` on it leaves ``b_dec``.
 
     Raises:
         UserError: the run does not exist, or has no transcoders.
@@ -124,7 +124,7 @@ def no_features(run: str | os.PathLike[str]) -> FeatureSet:
 
 
 def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:
-    """Warn if the models of adapters have other weights than in the training, where they exist."""
+    """Warn if models that can be read have other weights than when the adapters were trained."""
     recorded = metadata.get("weights") or {}
     pair = read_pair(source, metadata)
     names = {"target": pair.target, "base": pair.base}

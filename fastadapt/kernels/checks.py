@@ -95,7 +95,7 @@ def run_checks(device: torch.device) -> list[Check]:
 
 
 def checks_of(device: torch.device, sizes: Sizes, dtype: torch.dtype) -> Iterator[Check]:
-    """Yield the checks of every op, implementation and case in one dtype, at other sizes.
+    """Yield the checks of every op, implementation and case in one dtype, at the given sizes.
 
     The transcoder's encoder is exact in every dtype up to a width of about 72.
     """

@@ -34,7 +34,7 @@ class Call:
 
 
 class AdaptedMLP(nn.Module):
-    """Replace the target's MLP in a block; :attr:`mode` selects the MLP that computes the output.
+    """Module in place of a block's MLP; :attr:`mode` selects the MLP that computes the output.
 
     ``forward`` maps ``[..., D]`` to ``[..., D]``. The adapter's penalty and statistics are written
     to the :class:`Call` set by :meth:`call_context`. They are not computed where no call is set, as
@@ -93,7 +93,7 @@ class AdaptedMLP(nn.Module):
         return out + self.base(x) if self.adapter.config.base_mlp else out
 
     def _dense_in_capture(self, x: Tensor) -> bool | None:
-        """Return True where the capture of a CUDA graph forbids a choice that synchronizes.
+        """Return True to force dense products in a CUDA graph's capture, which forbids a sync.
 
         The op chooses small calls without synchronizing.
         """

@@ -20,7 +20,7 @@ PAGE = "docs/adding-an-architecture.md"
 
 @dataclass(frozen=True)
 class Paths:
-    """Attribute names of an architecture's parts, its attention implementation, its norms' formula.
+    """Attribute names of an architecture's modules, and properties of its attention and norms.
 
     Attributes:
         decoder: the module of the causal language model that holds the blocks.

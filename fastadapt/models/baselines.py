@@ -43,7 +43,7 @@ LORA_A, LORA_B = ".lora_A", ".lora_B"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank of the low-rank updates of a model, the same for each matrix of each MLP.
+    """Rank of the low-rank updates (LoRA) of a model's MLPs, the same for each matrix.
 
     Args:
         rank: the rank; None: the one whose number of parameters is nearest to that of adapters.
@@ -58,7 +58,7 @@ class LoraConfig:
     n_features: int
 
     def rank_for(self, width: int, shapes: Sequence[tuple[int, int]]) -> int:
-        """Return the rank of a model, at most the full rank of its smallest matrix.
+        """Return the given rank, or the one whose number of parameters is nearest to adapters'.
 
         Args:
             width: width of the residual stream, D. An adapter has ``2FD + F + D`` parameters.
@@ -123,8 +123,8 @@ class TunedWeights(nn.Module):
         for name in sorted(ours.keys() | expected.keys()):
             if ours.get(name) != expected.get(name):
                 raise UserError(
-                    f"{self.kind} of layer {layer}: {name}: the model has "
-                    f"{expected.get(name, 'none')}, got {ours.get(name, 'none')}"
+                    f"{self.kind} of layer {layer}: {name}: expected "
+                    f"{expected.get(name, 'none')}, as in the model, got {ours.get(name, 'none')}"
                 )
 
 
@@ -296,7 +296,7 @@ def _matrices(mlp: nn.Module) -> dict[str, nn.Parameter]:
 def tuned_weights(
     pair: ModelPair, config: LoraConfig | Baseline, generator: torch.Generator | None = None
 ) -> nn.ModuleList:
-    """Return copies of the hybrid's weights to train, layer 0 first, in its dtype and device.
+    """Return copies of the hybrid's weights to train, layer 0 first, on the hybrid's device.
 
     Args:
         pair: the two models.

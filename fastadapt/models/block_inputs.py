@@ -74,7 +74,7 @@ def versions() -> str:
 
 
 class Unread(UserDict[str, Any]):
-    """Mapping for values that a block leaves for later blocks, which do not read them: holds none.
+    """Mapping in which a block leaves values that no later block reads; it stores none of them.
 
     Raises:
         RunError: a block reads a value.

@@ -134,7 +134,7 @@ def _merged_tensors(peft: PeftFolder, base: str, revision: str | None) -> dict[s
 def target_values(
     target: str, base: str, revisions: Mapping[str, str | None] | None = None
 ) -> dict[str, Any]:
-    """Return the contents of the target's ``config.json``; a PEFT target's from its base's.
+    """Return the contents of the target's ``config.json``, for a PEFT target from its base's.
 
     For a multimodal model, these are the values of its text model.
 

@@ -70,7 +70,7 @@ class AdaptedModel(nn.Module):
 
 
 def model_type_of(architecture: str) -> str:
-    """Return the ``model_type`` of an architecture's checkpoints with adapters."""
+    """Return the ``model_type`` of exported checkpoints (with adapters) of an architecture."""
     return PREFIX + architecture
 
 
@@ -125,7 +125,7 @@ def register() -> None:
 
 
 def _register_tokenizer(architecture: str, config: type) -> None:
-    """Let ``AutoTokenizer`` use the architecture's tokenizer class for models with adapters.
+    """Register the architecture's tokenizer class for exported checkpoints' ``model_type``.
 
     transformers chooses the class by ``model_type``, even if the checkpoint names another class.
     """

@@ -110,7 +110,10 @@ def choose_device(name: str) -> torch.device:
         message = f"pair.device: torch knows no device {name!r}; use auto, cuda or cpu"
         raise UserError(message) from e
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("pair.device is cuda, but torch finds no GPU; use --pair.device cpu")
+        raise UserError(
+            "pair.device is cuda, but torch finds no GPU; use cpu (--pair.device, or --device in "
+            "commands that read a run)"
+        )
     return device
 
 

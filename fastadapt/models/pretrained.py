@@ -186,7 +186,7 @@ def commit_of(file: Path | None) -> str | None:
 
 
 def _check_format(path: Path) -> None:
-    """Raise for weights that are not safetensors, with the way to convert them."""
+    """Raise ``UserError`` for weights that are not safetensors; say how to convert them."""
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
     if any(name in names for name in WEIGHT_FILES):
         return
@@ -225,7 +225,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UserError(
             f"{source} holds no tokenizer (none of {', '.join(_TOKENIZERS)}); give the folder or "
-            "hub id of one (--pair.tokenizer)"
+            "hub id of one (--pair.tokenizer; fastadapt data prepare: --tokenizer)"
         )
     with reading("tokenizer of", source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
@@ -323,7 +323,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(source: str, revision: str | None) -> dict[str, Stored]:
-    """Return where the tensors of a causal language model lie, by their names in the model.
+    """Return the file of each tensor of a causal language model, by the name in the model.
 
     Of a multimodal checkpoint, these are the tensors of the text model.
 

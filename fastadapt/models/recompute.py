@@ -120,7 +120,7 @@ class SaveResults(TorchDispatchMode):
 
 
 def _detached(output: Any) -> Any:
-    """Return an op's results as other tensors: autograd writes its graph into the op's own."""
+    """Return detached aliases of an op's results, since autograd changes the results themselves."""
     if isinstance(output, Tensor):
         return output.detach()
     return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
@@ -177,7 +177,7 @@ class _Watching:
 def _inside(
     module: nn.Module, mode: TorchDispatchMode, outside: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Enter ``mode`` while ``module`` runs, except while the modules ``outside`` run in it."""
+    """Enter ``mode`` while ``module`` runs, except while a submodule in ``outside`` runs."""
     entered = False
 
     def switch(enter: bool, *_: Any) -> None:

@@ -304,7 +304,9 @@ class ReplacementModel(nn.Module):
             text = self.pair.tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
         if ids.ndim not in (1, 2) or ids.numel() == 0:
-            raise UserError(f"text: expected token ids [T] or [B, T], got shape {list(ids.shape)}")
+            raise UserError(
+                f"text: expected one or more token ids [T] or [B, T], got shape {list(ids.shape)}"
+            )
         inputs = self.block_inputs(ids if ids.ndim == 2 else ids[None], None)
         hidden, layers = inputs.hidden, []
         for layer, arguments in enumerate(inputs.arguments):
@@ -316,7 +318,7 @@ class ReplacementModel(nn.Module):
         return layers
 
     def reshard_layer(self, layer: int) -> None:
-        """Reshard a block's FSDP parameters after its last call in a layer; no-op without FSDP."""
+        """Reshard a block's FSDP parameters once it is no longer called; no-op without FSDP."""
         from torch.distributed.fsdp import FSDPModule
 
         block = self.blocks[layer]
@@ -324,7 +326,7 @@ class ReplacementModel(nn.Module):
             block.reshard()
 
     def final_norm(self, hidden: Tensor, mode: Mode) -> Tensor:
-        """Apply the norm before the head to ``[B, T, D]``; modes differ only for trained norms."""
+        """Apply the model's last norm to ``[B, T, D]``; ``mode`` matters only for trained norms."""
         norm = getattr(getattr(self.model, self.paths.decoder), self.paths.norm)
         with self.mlps[-1].call_context(mode, None):
             out: Tensor = norm(hidden)

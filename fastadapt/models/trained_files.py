@@ -105,4 +105,4 @@ def _read_tuned(file: Path, layer: int, card: Mapping[str, Any]) -> TunedWeights
         return TUNED[card["kind"]](card["d_in"], tensors)
     except (KeyError, AttributeError) as error:  # torch's, for a name that no parameter can have
         reason = str(error.args[0]) if error.args else type(error).__name__
-        raise UserError(f"{file}: a tensor is not called as a parameter is: {reason}") from None
+        raise UserError(f"{file}: a tensor's name is no name of a parameter: {reason}") from None

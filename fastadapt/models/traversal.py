@@ -23,7 +23,7 @@ class Stream(NamedTuple):
 
 @contextmanager
 def carrying(model: ReplacementModel, adapters: nn.ModuleList | None) -> Iterator[None]:
-    """Set the model's adapters inside the context; None keeps the current adapters."""
+    """Replace the model's adapters inside the context; None keeps the current adapters."""
     before = model.adapters
     if adapters is not None:
         model.set_adapters(adapters)
@@ -34,7 +34,7 @@ def carrying(model: ReplacementModel, adapters: nn.ModuleList | None) -> Iterato
 
 
 def final_norm(model: ReplacementModel, hidden: Tensor, stream: Stream) -> Tensor:
-    """Apply the norm before the head, with the stream's mode and adapters."""
+    """Apply the model's last norm, with the stream's mode and adapters."""
     with carrying(model, stream.adapters):
         return model.final_norm(hidden, stream.mode)
 

@@ -142,7 +142,7 @@ def _step(sentence: tuple[str, ...]) -> _Step | None:
 
 
 def _contradiction(step: _Step) -> Slip | None:
-    """Return the kind of a slip that shows in the step itself."""
+    """Return where a step contradicts itself: in its result or its operation; None: nowhere."""
     if _OPERATIONS[step.operator](int(step.left), int(step.right)) != int(step.result):
         return "result"
     contradicts = step.effect != "" and EFFECTS.get(step.operator) != step.effect

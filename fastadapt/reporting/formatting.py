@@ -57,7 +57,7 @@ def duration(seconds: float | None) -> str:
 
 
 def markers_note(n: int, total: int) -> str:
-    """Return a note on texts with special tokens in what was said.
+    """Return a note on the number of texts whose turns contain special tokens.
 
     Example:
         >>> markers_note(2, 1000)

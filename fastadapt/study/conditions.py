@@ -29,7 +29,7 @@ BIAS = "bias"  #: key of the arm without any feature: the hybrid with ``b_dec``
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """What a study compares.
+    """Settings of a study's comparison: sets of features, interventions, random controls.
 
     Args:
         tops: numbers of most promoted tokens that count, one selection each. The first selection
@@ -61,7 +61,7 @@ class ArmsConfig:
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) < len(values):
                 raise UserError(
-                    f"study.{name}: expected distinct numbers of 1 or more, got {values}"
+                    f"study.{name}: expected one or more distinct numbers above 0, got {values}"
                 )
         if not 0 < self.share <= 1:
             raise UserError(f"study.share: expected more than 0, at most 1, got {self.share}")

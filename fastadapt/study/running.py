@@ -51,7 +51,7 @@ CONTENTS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What a study takes.
+    """Cost of a study: arms, and responses to sample.
 
     Attributes:
         arms: number of arms.
@@ -67,7 +67,7 @@ class Cost:
 
     @property
     def words(self) -> str:
-        """The cost as a sentence."""
+        """The cost in words."""
         return (
             f"{self.arms} arms, {self.measured} of them measured; {self.responses:,} responses to "
             f"sample, each of at most {self.max_new_tokens:,} tokens."
@@ -95,7 +95,7 @@ class Study:
     stop: Event
 
     def cost(self) -> Cost:
-        """Return what remains to be done.
+        """Return the numbers of arms, in all and measured, and of responses still to sample.
 
         Raises:
             UserError: a required package is not installed, or a selection is empty.

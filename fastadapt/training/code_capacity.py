@@ -68,7 +68,7 @@ def overflow(calls: Sequence[Sequence[Call]]) -> dict[str, list[int]]:
 
 
 class CapacityEstimator:
-    """Expected codes of the next step: the counts of the last applied step.
+    """Estimates the number of codes in the next step: that of the last applied step.
 
     A skipped step does not count, since its losses or gradients were not finite.
 

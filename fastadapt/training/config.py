@@ -203,7 +203,9 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
         (0.9, 0.99)
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys, got {values!r}")
+        raise UserError(
+            f"{prefix.rstrip('.') or 'configuration'}: expected keys with values, got {values!r}"
+        )
     if kind is TrainConfig:
         values = move_old_keys(values)
         run, adapter = values.get("run"), values.get("adapter")
@@ -227,7 +229,7 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
 
 def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with keys of older files moved to those that replaced them.
+    """Return the values with keys of older files renamed to the present ones.
 
     ``adapter.kind`` is now ``run.trains``; ``data.train_on_prompt`` is now ``data.loss``. Files
     with the latter date from versions that read markers in a turn's words as tokens.
@@ -410,6 +412,6 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type, whose parameters do not count; YAML has no tuples."""
+    """Return whether a value is of a type, type parameters ignored; a YAML list fits a tuple."""
     kind = typing.get_origin(hint) or hint
     return isinstance(value, (list, tuple) if kind is tuple else kind)

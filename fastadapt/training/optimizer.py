@@ -25,7 +25,7 @@ MOMENT_BYTES = 1 + 4 / 256
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW (arXiv 1711.05101), of its schedule, and of the sequences of a step.
+    """Settings of AdamW (arXiv 1711.05101), of its schedule, and of a step's batches.
 
     Args:
         lr: learning rate at the end of the warm-up.
@@ -64,12 +64,18 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", "a positive number", self.lr
+            self.lr > 0 and math.isfinite(self.lr),
+            "optimizer.lr",
+            "a positive, finite number",
+            self.lr,
         )
         fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(fine, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         require(
-            self.eps > 0 and math.isfinite(self.eps), "optimizer.eps", "a positive number", self.eps
+            self.eps > 0 and math.isfinite(self.eps),
+            "optimizer.eps",
+            "a positive, finite number",
+            self.eps,
         )
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         require(self.clip > 0, "optimizer.clip", "a positive number (.inf for none)", self.clip)
@@ -245,7 +251,7 @@ class AdapterOptimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def _set_moments(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Set AdamW's whole state, zeros before an update: a checkpoint saves every tensor."""
+        """Create AdamW's state for every parameter, with the moments ``tensors``, or zeros."""
         for name, master in self.masters.items():
             low = self.config.low_memory
             step = torch.tensor(float(self.updates), device=None if low else master.device)
@@ -269,7 +275,7 @@ class AdapterOptimizer:
 
 
 def _divides_gradients(adam: Any, gradients: Sequence[Tensor]) -> bool:
-    """Return whether the update itself can clip: torch's fused AdamW divides by ``grad_scale``.
+    """Return whether the fused update can clip, as it divides gradients by ``grad_scale``.
 
     On a GPU this replaces a pass that reads and writes all gradients by a write in the update. On
     a CPU the quotient would have other bits than the product with the factor. ``grad_scale`` is

@@ -23,7 +23,7 @@ CountedBatch = tuple[Batch, int]
 
 
 class Collation(NamedTuple):
-    """How sequences are collated into the batches of a run.
+    """Settings with which sequences are collated into the batches of a run.
 
     Attributes:
         pad: token id at padding.

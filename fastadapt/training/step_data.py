@@ -129,7 +129,7 @@ class StepData:
         return make_batch(self.train, self._order[0], how)[0].to(self._device)
 
     def packed_and_apart(self) -> tuple[Batch, Batch]:
-        """Return the beginnings of the first texts on the device, two to a row and one to a row."""
+        """Return the first texts' beginnings as two batches: two to a row, and one to a row."""
         samples = [
             Sample(index, ids[:_BEGINNING], labels[:_BEGINNING])
             for index, ids, labels in map(self.train.__getitem__, self._order[0][:_CHECKED])
@@ -149,7 +149,7 @@ class StepData:
             yield self.batch(self.held_out, indices)[0]
 
     def rows(self, indices: Sequence[int]) -> list[int] | list[str]:
-        """Return the 0-based rows of training sequences in their source; of a mixture with it."""
+        """Return the 0-based rows of training sequences in their source, named for a mixture."""
         rows, train = [self.train.rows[i] for i in indices], self.train
         if not isinstance(train, Mixture):
             return rows

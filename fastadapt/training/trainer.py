@@ -119,9 +119,9 @@ def train(
 
 
 def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: bool) -> TrainConfig:
-    """Return the configuration with the form of chat for which ``data.family`` "auto" stands.
+    """Return the configuration with the chat format for which ``data.family`` "auto" stands.
 
-    A resumed run keeps its form, whatever the tokenizer's template is by now.
+    A resumed run keeps its format, whatever the tokenizer's template is by now.
     """
     if config.data.family != AUTO:
         return config
@@ -246,7 +246,7 @@ def _step_data(config: TrainConfig, model: ReplacementModel) -> StepData:
 def _with_policy(
     config: TrainConfig, model: ReplacementModel, data: StepData, ranks: Ranks
 ) -> tuple[TrainConfig, RecomputePlanner | None]:
-    """Resolve ``objective.checkpoint`` for the memory of rank 0's device, on all ranks alike."""
+    """Resolve ``objective.checkpoint`` on all ranks, for the memory of rank 0's device."""
     device = ranks.on_main(lambda: this_device(model.device.type))
     return with_policy(config, model.model.config, data.largest_width, device, ranks.world)
 

@@ -214,7 +214,7 @@ FAULTS = {
     "no metadata": (lambda f: edit_card(f, metadata=None), "metadata: expected object"),
     "unknown setting": (
         lambda f: edit_settings(f, colour=1),
-        r"do not match: unknown \['colour'\]",
+        r"'adapter' has unknown settings \['colour'\]",
     ),
     "missing settings": (
         lambda f: edit_card(f, adapter={}),
@@ -259,7 +259,7 @@ def test_adapters_of_one_folder_must_be_alike(tmp_path: Path) -> None:
         ({"bandwidth": 0.1}, "bandwidth is not used"),
         (
             {"activation": "jumprelu", "bandwidth": 0.1, "initial_threshold": -1.0},
-            "initial_threshold must be a positive number",
+            "initial_threshold must be a positive, finite number",
         ),
     ],
 )

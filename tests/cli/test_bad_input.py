@@ -231,7 +231,7 @@ CASES: list[tuple[Any, ...]] = [
     (
         "a weight of 0",
         lambda d: d.train(**{"data.train": [{"source": d.data(CONVERSATION), "weight": 0}]}),
-        r"data\.train: weight of .*rows\.jsonl': expected a number above 0, got 0; leave the",
+        r"data\.train: weight of .*rows\.jsonl': expected a finite number above 0, got 0;",
     ),
     ("no JSON", _rows(CONVERSATION, "{broken"), r"rows\.jsonl, line 2: .*JSON"),
     ("no rows", _rows(), r"rows\.jsonl.*(empty|got none)"),

@@ -60,7 +60,7 @@ CASES = [
     (
         "an overlay that is no mapping",
         lambda d: d.train(d.over("objective: 3\n")),
-        r"over\.yaml: objective: expected keys, got 3",
+        r"over\.yaml: objective: expected keys with values, got 3",
     ),
     (
         "unknown key of an overlay",
@@ -132,7 +132,7 @@ CASES = [
     (
         "part is no mapping",
         lambda d: d.yaml(lambda v: v.update(adapter=3)),
-        r"adapter: expected keys, got 3",
+        r"adapter: expected keys with values, got 3",
     ),
     (
         "type in the file",
@@ -140,7 +140,7 @@ CASES = [
         r"run\.seed: expected int, got 'x'",
     ),
     # --- impossible values
-    option("--optimizer.lr", "-1", r"optimizer\.lr: expected a positive number, got -1\.0"),
+    option("--optimizer.lr", "-1", r"optimizer\.lr: expected a positive, finite number, got -1\.0"),
     option(
         "--optimizer.betas", "[0.9, 1.5]", r"optimizer\.betas: expected two numbers in \[0, 1\)"
     ),

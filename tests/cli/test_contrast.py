@@ -145,12 +145,12 @@ def test_responses_of_the_target_are_read(
     ("options", "message"),
     [
         (("--words", "zebra"), "one token of the pair's tokenizer, got 'zebra'; give others"),
-        (("--words", "wait", "WAIT"), "words: expected different words"),
+        (("--words", "wait", "WAIT"), "words: expected one or more different words"),
         (
             ("--places", "words", "--words", "hydrazine"),
             r"none of 30 responses contains one of the words hydrazine",
         ),
-        (("--n", "1"), r"no slip in 1 texts, so no place is labelled; give more texts \(--n\)"),
+        (("--n", "1"), r"no slip in 1 texts, so no position is labelled; give more texts \(--n\)"),
         (("--n", "0"), "n: expected 1 or more, got 0"),
         (("--features", "nobody"), "no set 'nobody'"),
         (("--features", "none.json"), "none.json.*empty"),

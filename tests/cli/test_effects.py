@@ -183,7 +183,7 @@ REFUSED = {
     ),
     "a factor that is none": (
         ("generate", "{run}", "hi", "--scale", "2/3"),
-        "--scale: expected FEATURE=FACTOR, such as 2/17=0, got '2/3'",
+        "--scale: expected FEATURE=FACTOR, a finite factor, such as 2/17=0, got '2/3'",
     ),
     "a set that is none": (("generate", "{run}", "hi", "--without", "few"), "no set 'few'"),
     "a feature that is none": (

@@ -238,16 +238,16 @@ def test_places_in_responses(run: Path, fastadapt: Callable[..., Any]) -> None:
 
     for options, reason in (
         (("--at", "xyzzy"), "expected words that are tokens of the vocabulary, got ['xyzzy']"),
-        (("--at", "so", "--place", "999"), "--place: expected numbers from 0 to"),
+        (("--at", "so", "--place", "999"), "numbered from 0; expected such numbers, or all"),
         (("--at", "so", "--above", "2"), "--above: expected more than 0 and at most 1, got 2"),
-        (("--at", "so", "--token", "4"), "--token: a place gives the token"),
+        (("--at", "so", "--token", "4"), "--responses: the chosen place gives the token"),
         ((), "--at: expected one or more words"),
     ):
         outcome = fastadapt(*find, *options)
         assert outcome.code == 2
         assert reason in outcome.err
     outcome = fastadapt("graph", run, PROMPT, "--at", "wait")
-    assert "--at: expected with --responses" in outcome.err
+    assert "--at, --above, --after and --place go with --responses" in outcome.err
     outcome = fastadapt("graph", run, PROMPT, "--responses", file)
     assert "expected one of PROMPT, --prompts, --responses" in outcome.err
 

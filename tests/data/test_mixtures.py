@@ -75,7 +75,9 @@ def test_another_seed_gives_another_order() -> None:
 @pytest.mark.parametrize("weight", [0, 0.0, -1, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     values = {"train": [{"source": "a.jsonl"}, {"source": "b.jsonl", "weight": weight}]}
-    with pytest.raises(UserError, match=r"data\.train: weight of 'b\.jsonl': expected a number ab"):
+    with pytest.raises(
+        UserError, match=r"data\.train: weight of 'b\.jsonl': expected a finite number ab"
+    ):
         from_dict({**values, "validation": "v"}, DataConfig, "data.")
 
 

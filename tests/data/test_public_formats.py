@@ -380,7 +380,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an image": (
         messages(("user", [{"type": "image_url", "image_url": {}}]), ANSWERED),
-        r"turn 1 \(user\), part 1: expected a part of type 'text', got 'image_url'",
+        r"turn 1 \(user\), part 1: expected a string or a part of type 'text', got 'image_url'",
     ),
     "a call of a tool": (
         {
@@ -389,13 +389,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 {"role": "assistant", "tool_calls": [{"id": 1}]},
             ]
         },
-        r"turn 2: 'tool_calls' is not read; write it into the turn's text",
+        r"turn 2: 'tool_calls' is not supported; write its content into the turn's text",
     ),
     "a late system turn": (
         messages(("user", "one"), ("system", "two"), ("assistant", "three")),
         r"turn 2: a system turn can only be the first turn",
     ),
-    "one token": ({"text": "one"}, r"line 1: the conversation has 1 token\(s\)"),
+    "one token": ({"text": "one"}, r"line 1: the text has 1 token\(s\)"),
     "ids that are none": ({"input_ids": [1, -2]}, r"the columns are 'input_ids'"),
     "blank text": ({"text": " \n"}, r"line 1: text is empty"),
     "half a pair": (
@@ -437,7 +437,7 @@ def test_texts_beyond_the_model_are_left_out_and_counted(tokenizer: Any, tmp_pat
     counts = sequences.counts
     assert (counts.sequences, counts.beyond_model, counts.too_long) == (2, 1, 1)
     with pytest.raises(
-        UserError, match=r"longer than the model can read .* the shortest has 2 tok"
+        UserError, match=r"none fits into the model's context .* the shortest has 2 tok"
     ):
         load(path, tokenizer, max_positions=1)
 
@@ -452,7 +452,7 @@ def test_a_base_tokenizer_reads_text_and_asks_for_a_family(tokenizer: Any, tmp_p
     text = write_rows(tmp_path / "text.jsonl", [{"text": "one one"}])
     assert shown(load(text, plain)[0]) == ([2, 1, 1], "111")  # with the tokenizer's BOS
     chat = write_rows(tmp_path / "chat.jsonl", [GOOD])
-    with pytest.raises(UserError, match=r"the data hold conversations; give data\.family one of"):
+    with pytest.raises(UserError, match=r"the data hold conversations; set data\.family to one of"):
         load(chat, plain)
 
 

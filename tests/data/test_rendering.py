@@ -208,7 +208,7 @@ def test_the_parts_meet_where_the_response_begins() -> None:
     [
         (None, "expected a list of turns, got null"),
         ("hello", "expected a list of turns, got str"),
-        ([], "expected a list of turns, got an empty conversation"),
+        ([], "expected at least one turn, got an empty conversation"),
         (conversation()[:1], "expected a turn of the assistant, got none"),
         (
             conversation() * 2,

@@ -225,7 +225,7 @@ def test_a_malformed_conversation_is_located(
 def test_a_one_token_sample_is_refused(
     n_tokens: int, count: str, rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
 ) -> None:
-    with pytest.raises(UserError, match=r"line 1: the conversation has") as caught:
+    with pytest.raises(UserError, match=r"line 1: the text has") as caught:
         load_sequences(write_jsonl(rows), NoWords(n_tokens), config(), split="train")
     assert count in str(caught.value)
 
@@ -243,7 +243,9 @@ def test_a_source_without_conversations_is_refused(
 ) -> None:
     path = tmp_path / "none.jsonl"
     path.write_text("\n")
-    with pytest.raises(UserError, match=r"\(train\): expected conversations, got none"):
+    with pytest.raises(
+        UserError, match=r"\(train\): expected at least one conversation or text, got none"
+    ):
         load_sequences(str(path), tokenizer, config(), split="train")
 
 
@@ -255,8 +257,7 @@ def test_nothing_left_names_the_setting_and_the_shortest(
     with pytest.raises(UserError) as caught:
         load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=12), split="validation")
     assert str(caught.value).endswith(
-        "(validation): all 300 conversations are longer than data.max_tokens=12; the shortest has "
-        "13 tokens"
+        "(validation): of 300 rows none fits into data.max_tokens=12: the shortest has 13 tokens"
     )
 
 

@@ -1,4 +1,4 @@
-"""Chat templates as forms of chat: what serves, what is refused, and the families beside them."""
+"""Chat templates as chat formats: what serves, what is refused, and the families beside them."""
 
 from __future__ import annotations
 
@@ -169,16 +169,16 @@ def test_generation_blocks_give_the_assistants_part() -> None:
         ("{% for m in messages %}{{ m.content }", "the chat template fails"),
         ("hello", "does not write each turn once, in order"),
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "once, in order"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not write what was"),
-        (LATEST_ONLY, "does not write what was said as it is"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not copy every turn"),
+        (LATEST_ONLY, "does not copy every turn unchanged"),
         (
             "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
-            "renders the first 2 turns otherwise alone than in the whole conversation",
+            "renders the first 2 turns differently alone than in the whole conversation",
         ),
         (
             "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}"
             "[<think>{% endif %}",
-            "renders the first 2 turns otherwise alone",
+            "renders the first 2 turns differently alone",
         ),
     ],
 )
@@ -225,7 +225,7 @@ def test_markers_that_many_tokenizers_share_name_no_family(family: str) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (LATEST_ONLY, "the chat template does not write"),
+        (LATEST_ONLY, "the chat template does not copy"),
         ("{{ raise_exception('no chats') }}", "the chat template fails for turns .*: no chats"),
     ],
 )
@@ -265,7 +265,7 @@ def test_an_inline_family_from_yaml() -> None:
         ({"assistant": None}, r"data\.family\.assistant: expected two texts"),
         ({"prompt": ["a", "b"]}, r"data\.family: expected keys from user, assistant.* 'prompt'"),
         ({"bos": 1}, r"data\.family\.bos: expected text, got 1"),
-        ({"markers": "<s>"}, r"data\.family\.markers: expected a list of texts"),
+        ({"markers": "<s>"}, r"data\.family\.markers: expected a list of non-empty texts"),
         ({"template": 1}, r"data\.family: expected keys from template, tokens, thinking"),
     ],
 )

@@ -79,7 +79,10 @@ def test_without_features_and_bias_the_adapter_is_the_hybrid(
 def test_requests_that_make_no_sense_are_refused(tiny_run: TinyRun) -> None:
     run = load_run(tiny_run.folder, device="cpu")
     for request, message in (
-        ({"scale": ["0/1"]}, "--scale: expected FEATURE=FACTOR, such as 2/17=0, got '0/1'"),
+        (
+            {"scale": ["0/1"]},
+            "--scale: expected FEATURE=FACTOR, a finite factor, such as 2/17=0, got '0/1'",
+        ),
         ({"scale": ["0/1=x"]}, "got '0/1=x'"),
         ({"scale": ["0/1=nan"]}, "got '0/1=nan'"),
         ({"scale": ["0-1/2=3"]}, "LAYER/NUMBER, such as 2/17, got '0-1/2'"),
@@ -96,7 +99,7 @@ def test_requests_that_make_no_sense_are_refused(tiny_run: TinyRun) -> None:
         GenerateConfig(("replacement",))
     with pytest.raises(UserError, match="the prompt is empty"):
         generate(run, [])
-    with pytest.raises(UserError, match=r"no rendering family recorded.*--plain"):
+    with pytest.raises(UserError, match=r"no chat format recorded.*--plain"):
         prompt_ids(run.models, "w5 w6")
     with pytest.raises(UserError, match="prompt: expected a text, got none"):
         prompt_ids(run.models, "", plain=True)

@@ -131,7 +131,7 @@ def test_bad_names_and_dtypes(make_run: Callable[..., Path], tmp_path: Path) -> 
         ModelSet.open([run, run])
     with pytest.raises(UserError, match="'hybrid' is already the name of a model"):
         ModelSet.open([run], ["hybrid"])
-    with pytest.raises(UserError, match=r"letters, digits and \._-\+=, got '\.\./x'"):
+    with pytest.raises(UserError, match=r"letters, digits and \._-\+=, .*got '\.\./x'"):
         ModelSet.open([run], ["../x"])
     with pytest.raises(UserError, match="as many names as runs, got 1 for 2"):
         ModelSet.open([run, other], ["x"])
@@ -147,7 +147,7 @@ def test_bad_names_and_dtypes(make_run: Callable[..., Path], tmp_path: Path) -> 
 
 def test_the_family_is_not_guessed(make_run: Callable[..., Path]) -> None:
     models = ModelSet.open([make_run("a", family=None)])
-    with pytest.raises(UserError, match=r"benchmarks: no rendering family recorded in a;"):
+    with pytest.raises(UserError, match=r"benchmarks: no chat format recorded in a;"):
         complete_config(models, BenchmarkConfig(), SamplingConfig())
     models, sampling = ModelSet.open([make_run("b")]), SamplingConfig(seed=3)
     config = complete_config(models, BenchmarkConfig(), sampling)

@@ -268,5 +268,5 @@ def test_impossible_selections_are_refused(values: dict, message: str) -> None:
 
 def test_words_must_be_a_list_of_non_empty_texts(data: StoreData) -> None:
     for words in ("wait", [], [" "]):
-        with pytest.raises(UserError, match="expected a list of one or more strings"):
+        with pytest.raises(UserError, match="expected a list of one or more tokens, none blank"):
             selection.promoting(data.store, words)

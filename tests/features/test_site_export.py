@@ -259,7 +259,7 @@ def test_a_folder_with_other_contents_is_refused(store: Store, tmp_path: Path) -
 
 
 def test_kinds_that_the_store_lacks_are_refused(store: Store) -> None:
-    with pytest.raises(UserError, match="no base units"):
+    with pytest.raises(UserError, match="no features or neurons of kind base"):
         export(store, kinds=["base"])
     with pytest.raises(UserError, match="kinds: expected one or more of adapter"):
         export(store, kinds=[])

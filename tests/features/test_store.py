@@ -103,5 +103,5 @@ def test_units_out_of_range_are_refused(folder: Path) -> None:
         store.check_unit("adapter", 2, 0)
     with pytest.raises(UserError, match="feature: expected 0 to 5, got -1"):
         store.check_unit("adapter", 0, -1)
-    with pytest.raises(UserError, match="no base units"):
+    with pytest.raises(UserError, match="no features or neurons of kind base"):
         store.shape("base")

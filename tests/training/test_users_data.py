@@ -1,4 +1,4 @@
-"""Runs on a mixture of formats: the form of chat travels with the run, and resuming is exact."""
+"""Runs on a mixture of formats: the chat format travels with the run, and resuming is exact."""
 
 from __future__ import annotations
 

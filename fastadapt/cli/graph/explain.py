@@ -118,11 +118,13 @@ def graph(
     if len(given) != 1:
         raise UserError(f"expected one of {', '.join(sources)}, got {', '.join(given) or 'none'}")
     if responses is None and (at or place or above is not None or after is not None):
-        raise UserError("--at: expected with --responses, a file of sampled responses")
+        raise UserError(
+            "--at, --above, --after and --place go with --responses, a file of sampled responses"
+        )
     if responses is not None and (token, feature, direction, position) != (None,) * 4:
         raise UserError(
-            "--token: a place gives the token and its position; leave out --token, --feature, "
-            "--direction and --position"
+            "--responses: the chosen place gives the token and its position; leave out --token, "
+            "--feature, --direction and --position"
         )
     if stability is not None and (stability < 1 or prompt is not None):
         raise UserError(
@@ -198,7 +200,7 @@ class _Work:
         return read_transcoder_set(self.base_set).like(self.models.model.head)
 
     def name(self, text: str | Sequence[int], question: Question) -> str:
-        """Return the name of a graph's file, which is that of its settings."""
+        """Return the file name of a graph: a hash of the text, the question and the settings."""
         settings = [text, self.stream, self.dtype, vars(question), vars(self.config)]
         settings += [] if self.base_set is None else [str(Path(self.base_set).resolve())]
         packed = json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")
@@ -207,7 +209,7 @@ class _Work:
     def explain_new(
         self, text: str | Sequence[int], question: Question, folder: Path, *, group: str
     ) -> None:
-        """Explain a text unless its graph exists."""
+        """Explain a text, unless the file of its graph exists and ``overwrite`` is false."""
         path = folder / self.name(text, question)
         if self.stopped:
             return
@@ -256,7 +258,7 @@ class _Work:
         print(f"\nstability: {path.resolve()}")
 
     def list_places(self, responses: str, config: PlaceConfig) -> list[Place]:
-        """Print and return the places of sampled responses."""
+        """Print and return the positions in responses at which a word of ``--at`` is predicted."""
         from fastadapt.cli.progress import stoppable
         from fastadapt.evaluation.generation.responses import read_responses
         from fastadapt.features.store.characters import visible
@@ -304,6 +306,7 @@ def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[Place]:
     wrong = [n for n in numbers if not (n.isascii() and n.isdigit() and int(n) < len(places))]
     if wrong:
         raise UserError(
-            f"--place: expected numbers from 0 to {len(places) - 1}, or all, got {' '.join(wrong)}"
+            f"--place: {len(places)} places are listed, numbered from 0; expected such numbers, or "
+            f"all, got {' '.join(wrong)}"
         )
     return [places[int(n)] for n in numbers]

@@ -29,7 +29,7 @@ def print_plan(
     config: GraphConfig,
     evidence: EvidenceConfig,
 ) -> None:
-    """Print the memory of a graph; arguments as of `fastadapt graph`.
+    """Print the memory that a graph needs. The arguments are those of `fastadapt graph`.
 
     Raises:
         UserError: no run or recipe, or neither a prompt nor its length.
@@ -119,7 +119,8 @@ def _setup(
         raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
     sources = Sources.find(pair)
     if (tokens is None) == (prompt is None):
-        raise UserError("--dry-run: expected a prompt or --tokens, its length; give one of them")
+        got = "neither" if prompt is None else "both"
+        raise UserError(f"--dry-run: expected a prompt or --tokens, its length, got {got}")
     if tokens is None:
         tokens = len(sources.tokenizer()(prompt, verbose=False)["input_ids"])
     if tokens < 1:
@@ -135,7 +136,7 @@ def _setup(
 
 
 def _remedies(setup: GraphSetup, memory: GraphMemory) -> list[tuple[str, int]]:
-    """Return settings that lower the peak, with it; the lowest peak first."""
+    """Return settings that lower the peak, each with its peak, the lowest peak first."""
     from fastadapt.graphs.memory import graph_memory
 
     config, evidence = setup.config, setup.evidence

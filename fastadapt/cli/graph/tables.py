@@ -46,7 +46,7 @@ def print_stability(top: int, agreements: Sequence[Agreement]) -> None:
 
 
 def texts_of(run: Path, document: GraphFile) -> dict[tuple[int, int], str]:
-    """Return texts of the graph's features from the store of the run, none without one."""
+    """Return a text for each feature of a graph, from the run's store; empty without a store."""
     from fastadapt.errors import UserError
     from fastadapt.graphs.labels import feature_labels, store_of, units_of
 

@@ -144,7 +144,7 @@ class FilterPass:
 
 @dataclass
 class _Refused(BadRows):
-    """Rows that cannot be rendered.
+    """Record of the rows that cannot be rendered.
 
     Attributes:
         reasons: reason by number of the row.
@@ -153,7 +153,7 @@ class _Refused(BadRows):
     reasons: dict[int, str] = field(default_factory=dict)
 
     def take(self, error: UserError, where: str = "") -> None:
-        """Record the reason of a row whose location is its number."""
+        """Record why a row cannot be rendered; ``where`` is the row's number."""
         self.reasons[int(where)] = str(error)
 
 

@@ -67,7 +67,7 @@ class WrittenFile(TypedDict):
 
 
 class SplitCounts(TypedDict):
-    """Counts of one split in ``manifest.json``; ``lengths`` counts conversations by tokens."""
+    """Counts of one split in ``manifest.json``; ``lengths`` is a histogram of lengths in tokens."""
 
     conversations: dict[str, Count]
     wanted: dict[str, Count]
@@ -222,7 +222,7 @@ def check_same(folder: Path, settings: Settings) -> None:
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, which completes the selection, and remove the unfinished pass.
+    """Write the manifest, which completes the selection, and remove the saved progress.
 
     Raises:
         RunError: the manifest cannot be written.
@@ -234,7 +234,7 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the saved progress of the selection, which only ``--resume`` reads.
+    """Remove the saved progress of the pass over the source, which a finished selection lacks.
 
     The settings are removed last: while a file is left, the selection counts as unfinished, and
     ``--resume`` removes the rest.

@@ -55,7 +55,7 @@ class PrepareConfig:
             ``source`` (text) are copied if present.
         output: folder for train.parquet, validation.parquet and manifest.json.
         tokenizer: folder or hub id of the tokenizer of the pair to be trained.
-        family: form of chat in which the tokens of a conversation are counted: auto, or the name of
+        family: chat format in which the tokens of a conversation are counted: auto, or the name of
             a family, as ``data.family``.
         columns: column to read, or prompt,response, as ``data.columns``.
         markers: special tokens inside what was said, text or tokens, as ``data.markers``.
@@ -216,7 +216,7 @@ def _hash(data: bytes, size: int) -> bytes:
 
 
 def lacks_thinking(content: Content) -> str | None:
-    """Return what a response or text lacks of its reasoning's markers; None if none is missing.
+    """Return which marker of reasoning a row's responses or text lack; None if both occur.
 
     One response with both suffices.
     """
@@ -229,7 +229,7 @@ def lacks_thinking(content: Content) -> str | None:
 
 
 class Candidate(NamedTuple):
-    """A row that may be drawn.
+    """A row of the source that can be drawn.
 
     Attributes:
         key: :func:`row_key` of the row.

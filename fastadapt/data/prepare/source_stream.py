@@ -78,7 +78,7 @@ class SourceStream:
             self.identity["subset"] = subset[0]
 
     def _first_rows(self) -> list[dict[str, Any]]:
-        """Return the first rows that can be read; the first error if there are none."""
+        """Return the first rows that can be read; raise the first error if there are none."""
         errors: list[UserError] = []
         if self._files is None:
             source = self._source
@@ -119,7 +119,7 @@ class SourceStream:
             yield record.where, record.values
 
     def _check_cursor(self, start: Any) -> Cursor:
-        """Return ``start``, which comes from a file, as a cursor; raise if it fits no file."""
+        """Return ``start``, read from saved progress, as a cursor; raise if it lies in no file."""
         try:
             check(start, tuple[Count, Count, Count], "cursor")
             first, offset, _ = start

@@ -23,15 +23,15 @@ from fastadapt.evaluation.models_under_test import ModelSet, UnreadableError
 def complete_config(
     models: ModelSet, config: BenchmarkConfig, sampling: SamplingConfig
 ) -> BenchmarkConfig:
-    """Return ``config`` with ``sampling``, the runs' family and, if it names no tasks, defaults.
+    """Complete ``config``: set ``sampling``, the runs' chat format and, if it has none, tasks.
 
     Raises:
-        UserError: the first run records no rendering family.
+        UserError: the first run records no chat format.
     """
     if models.family is None:
         raise UserError(
-            f"benchmarks: no rendering family recorded in {models.runs[0]}; give, as the first "
-            "run, one whose config.yaml records a family"
+            f"benchmarks: no chat format recorded in {models.runs[0]}; give, as the first run, one "
+            "whose config.yaml records data.family"
         )
     return replace(
         config,
@@ -88,10 +88,10 @@ def run_models(
 def prompt_modes(
     model: str, config: BenchmarkConfig, base_bos: str = ""
 ) -> dict[str, BenchmarkConfig]:
-    """Return the settings of a model's prompt modes, by name.
+    """Return the benchmark settings of each prompt mode of a model (with examples or without).
 
     Every model has the mode ``sampled``. With ``few_shot``, the base and the hybrid also have two
-    modes with examples, sampled and greedy. The base was not trained on the target's form of chat,
+    modes with examples, sampled and greedy. The base was not trained on the target's chat format,
     so no prompt opens its reasoning, and its examples are plain text after ``base_bos``.
     """
     if model == "base":
@@ -110,7 +110,7 @@ def prompt_modes(
 
 
 def count_texts(results: Results) -> dict[str, str]:
-    """Return a text for each benchmark that gives its numbers of questions and repetitions."""
+    """Describe the numbers of questions and repetitions of each benchmark, by its name."""
     by_task = results["target"][SAMPLED]
     counts = {
         name: f"{result.n_questions} questions × {result.repetitions}"

@@ -263,7 +263,7 @@ def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
 
 
 def _most_hesitations(scores: _Sums, level: float) -> float | None:
-    """Return the upper end of a rate per 1,000 tokens after no event; None without a token."""
+    """Return the upper bound of a rate per 1,000 tokens if no event occurred; None: no tokens."""
     scale = scores.weight / scores.responses
     # Tokens in units of the heaviest question's: an exposure that is not too large.
     tokens = (scores.tokens * scale).sum().item() / scale.max().item()
@@ -308,7 +308,7 @@ def _index(result: BenchmarkResult) -> dict[str, int]:
 def _recovered(
     scores: _Sums, floor: _Sums | None, ceiling: _Sums | None, config: BootstrapConfig | None
 ) -> Any:
-    """Return the share of the gain from floor to ceiling; None for these two models themselves."""
+    """Return the share of the gain from floor to ceiling; None for the models floor and ceiling."""
     if floor is None or ceiling is None or scores is floor or scores is ceiling:
         return None
     a, b, c = (each.correct / each.responses * each.weight for each in (scores, floor, ceiling))

@@ -1,1 +1,1 @@
-"""P(word) at labelled places of texts against matched places, without sampling."""
+"""P(word) at labelled positions of texts against matched positions, without sampling."""

@@ -24,7 +24,7 @@ def gate_effects(
     n_texts: int,
     config: BootstrapConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return how the gate changes each model's contrast and its difference from the reference.
+    """Return the effect of the gated pair's marker on each model's contrast, with intervals.
 
     Args:
         contrasts: contrast by model; column 0 is the set of words.
@@ -70,7 +70,7 @@ def _means(
     gate: bool,
     config: BootstrapConfig | None,
 ) -> Intervals:
-    """Return the means over the places with a state of the gate of values ``[M, N]``."""
+    """Average values ``[M, N]`` over the labelled positions with the gate on, or off."""
     chosen = torch.tensor([place.gate is gate for place in places])
     sums = values.new_zeros(len(values), n_texts).index_add_(1, text[chosen], values[:, chosen])
     return ratio(sums, torch.bincount(text[chosen], minlength=n_texts), config=config)

@@ -1,6 +1,6 @@
-"""Match places with other places of equal entropy, in the same text where possible.
+"""Match positions with other positions of equal entropy, in the same text where possible.
 
-N places to match, M candidates.
+N positions to match, M candidates.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Places in texts, with the entropy of a model's next-token distribution there.
+    """Positions in texts, with the entropy of a model's next-token distribution there.
 
     Attributes:
-        text: int64 ``[M]``, index of each place's text, ascending.
+        text: int64 ``[M]``, index of each position's text, ascending.
         entropy: float64 ``[M]``, nats.
     """
 
@@ -32,22 +32,22 @@ class Candidates:
 def match(
     places: Candidates, candidates: Candidates, *, caliper: float, seed: int
 ) -> tuple[Ints, NDArray[np.bool_]]:
-    """Draw one candidate of nearly equal entropy for each place, without replacement.
+    """Draw one candidate of nearly equal entropy for each position, without replacement.
 
-    In random order, each place gets the nearest free candidate of its text if the entropies differ
-    by at most ``caliper``. The remaining places then get the nearest free candidate of any text.
+    In random order, each position gets the nearest free candidate of its text if the entropies
+    differ by at most ``caliper``. The other positions then get the nearest free one of any text.
 
     Args:
-        places: the places to match.
-        candidates: the places to draw from.
+        places: the positions to match.
+        candidates: the positions to draw from.
         caliper: largest difference within a text, in nats.
         seed: seed of the order.
 
     Returns:
-        The index of each place's candidate, int64 ``[N]``, and whether it is of the same text.
+        The index of each position's candidate, int64 ``[N]``, and whether it is of the same text.
 
     Raises:
-        UserError: there are fewer candidates than places.
+        UserError: there are fewer candidates than positions.
 
     Example:
         >>> places = Candidates(np.array([0, 1]), np.array([0.5, 2.0]))
@@ -59,8 +59,8 @@ def match(
     n, m = len(places.text), len(candidates.text)
     if m < n:
         raise UserError(
-            f"expected at least {n:,} places without a word of the set to match with, got {m:,}; "
-            "give more texts, or fewer words"
+            f"expected at least {n:,} positions before other words, one to match each position "
+            f"before a word of --words, got {m:,}; give more texts (--n), or fewer words (--words)"
         )
     order = np.random.default_rng(seed).permutation(n)
     starts = np.searchsorted(candidates.text, places.text, "left")

@@ -1,6 +1,6 @@
-"""Read models at places of texts: log-odds of sets of tokens, entropy, or any quantity.
+"""Measure models at positions of texts: log-odds of sets of tokens, entropy, or any quantity.
 
-Every model is a transformers model and is called through its own forward. The states at the places
+Every model is a transformers model, called through its own forward. The states at the positions
 alone go through the head. S sites, K sets of tokens, V vocabulary.
 """
 
@@ -31,7 +31,7 @@ _CHUNK = 256  # places whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that is read.
+    """A model whose predictions are measured.
 
     Attributes:
         name: unique among the readers, and a valid file name.
@@ -45,11 +45,11 @@ class Reader:
 
 
 class Quantity(NamedTuple):
-    """What is read at a place.
+    """A quantity of a model's prediction at one position, such as its entropy.
 
     Attributes:
         key: name and arguments, which select the stored file.
-        width: number of values per place.
+        width: number of values per position.
         compute: given the model, a batch on its device and the positions in each text, returns the
             values ``[n, width]`` in the order of the positions.
     """
@@ -99,13 +99,13 @@ def read(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> Tensor | None:
-    """Read a model at places of texts, or read the stored values.
+    """Measure a quantity of a model at positions of texts, or read the stored values.
 
     Args:
         reader: the model.
-        texts: the texts. Those without a place are not read.
-        sites: distinct places, sorted.
-        quantity: what is read.
+        texts: the texts. The model does not read those without a position.
+        sites: distinct positions, sorted.
+        quantity: what is measured.
         folder: stores one file, and until all is read one file per batch.
         batch_tokens: tokens of a batch, padding included.
         progress: called with (completed batches, total batches).

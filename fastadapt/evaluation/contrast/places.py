@@ -1,4 +1,4 @@
-"""Find the places of texts at which models are compared: labelled ones, and matched ones.
+"""Find the positions of texts at which models are compared: labelled ones, and matched ones.
 
 A place is the index of a token in a text, at which a model predicts the next token. Labelled places
 are followed by a word of the set in a text (or, on the embedded pair, by a correction). Matched
@@ -24,12 +24,12 @@ Site = tuple[int, int]
 
 
 class Place(NamedTuple):
-    """A labelled place with its matched places.
+    """A labelled position with its matched positions.
 
     Attributes:
-        site: the place.
+        site: the labelled position.
         kind: kind of the slip, or the word that the text has next.
-        matched: the matched places, one or more.
+        matched: the matched positions, one or more.
         gate: on the gated pair, whether the prompt has the marker by which slips are corrected.
     """
 
@@ -72,19 +72,19 @@ def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
         ]
     if not places:
         raise UserError(
-            f"no slip in {len(texts):,} texts, so no place is labelled; give more texts (--n), or "
-            "pass --places words"
+            f"no slip in {len(texts):,} texts, so no position is labelled; give more texts (--n), "
+            "or pass --places words"
         )
     return places
 
 
 class WordSites(NamedTuple):
-    """Places of texts by what follows them.
+    """Positions of texts, by whether a word of the set follows.
 
     Attributes:
-        before: places whose next token is a word of the set, with the word.
-        others: places in responses whose own token precedes a word of the set elsewhere, and whose
-            next token is no such word.
+        before: positions whose next token is a word of the set, with the word.
+        others: positions in responses whose own token precedes a word of the set elsewhere, and
+            whose next token is no such word.
     """
 
     before: list[tuple[Site, str]]
@@ -92,7 +92,7 @@ class WordSites(NamedTuple):
 
 
 def word_sites(texts: Sequence[Text], words: Mapping[int, str]) -> WordSites:
-    """Return the places in responses before a word of the set, and places that could be.
+    """Return the positions before a word of the set, and others at which such a word could follow.
 
     Args:
         texts: conversations.
@@ -115,7 +115,7 @@ def word_sites(texts: Sequence[Text], words: Mapping[int, str]) -> WordSites:
 
 
 def _predicting(texts: Sequence[Text]) -> Iterator[tuple[Site, int, int]]:
-    """Yield each place that predicts a token of a response, its own token and the next one."""
+    """Yield each position that predicts a token of a response, its token and the next one."""
     for t, text in enumerate(texts):
         for p in range(max(0, text.prompt_length - 1), len(text.ids) - 1):
             yield (t, p), text.ids[p], text.ids[p + 1]
@@ -124,11 +124,11 @@ def _predicting(texts: Sequence[Text]) -> Iterator[tuple[Site, int, int]]:
 def matched_places(
     sites: WordSites, entropy: Mapping[Site, float], *, caliper: float, seed: int
 ) -> tuple[list[Place], int]:
-    """Match each place before a word with a place of equal entropy.
+    """Match each position before a word with another position of nearly equal entropy.
 
     Args:
-        sites: the places.
-        entropy: entropy at each place, in nats.
+        sites: the positions.
+        entropy: entropy at each position, in nats.
         caliper, seed: see :func:`fastadapt.evaluation.contrast.matching.match`.
 
     Returns:
@@ -154,18 +154,18 @@ def matched_places(
 
 
 def sites_of(places: Collection[Place]) -> list[Site]:
-    """Return all places to measure, labelled and matched, sorted and each once."""
+    """Return all positions to measure, labelled and matched, sorted and each once."""
     return sorted({site for place in places for site in (place.site, *place.matched)})
 
 
 class Rows(NamedTuple):
-    """Where the places are among measured sites; N places, C matched places of all N.
+    """Rows of N labelled positions and their C matched positions in the measured values.
 
     Attributes:
-        labelled: int64 ``[N]``, rows of the labelled places.
-        matched: int64 ``[C]``, rows of the matched places.
-        owner: int64 ``[C]``, the place that each matched place belongs to.
-        text: int64 ``[N]``, text of each labelled place.
+        labelled: int64 ``[N]``, rows of the labelled positions.
+        matched: int64 ``[C]``, rows of the matched positions.
+        owner: int64 ``[C]``, the labelled position that each matched one belongs to.
+        text: int64 ``[N]``, text of each labelled position.
     """
 
     labelled: Tensor
@@ -175,7 +175,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(places: Sequence[Place], sites: Sequence[Site]) -> Rows:
-    """Return the rows of places in measurements at ``sites``."""
+    """Return the rows that ``places`` have in values measured at ``sites``."""
     row = {site: i for i, site in enumerate(sites)}
     owners = [(i, site) for i, place in enumerate(places) for site in place.matched]
     return Rows(

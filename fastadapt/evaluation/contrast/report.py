@@ -207,7 +207,7 @@ def _recognised(result: Mapping[str, Any]) -> Table:
 
 
 def contrast_figures(result: Mapping[str, Any]) -> list[Figure]:
-    """Return the figures of ``result``: P(set) at labelled over matched places, by kind."""
+    """Return the figures of ``result``: P(set) at labelled and at matched positions, by kind."""
     kinds = result["places"]["labelled"]
     return [_figure(result, kind, f"contrast-{i}") for i, kind in enumerate(kinds)]
 

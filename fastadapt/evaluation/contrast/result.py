@@ -23,7 +23,7 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Word(TypedDict):
-    """P(word) at labelled and matched places."""
+    """P(word) at labelled and at matched positions, and the difference."""
 
     labelled: Shares
     matched: Shares
@@ -31,7 +31,7 @@ class Word(TypedDict):
 
 
 class Numbers(Word):
-    """The intervals of a model, see :func:`fastadapt.evaluation.contrast.summary.summarise`."""
+    """Intervals of a model's contrast, see :func:`.contrast.summary.summarise`."""
 
     log_odds: Interval
     recovered: Interval
@@ -40,7 +40,7 @@ class Numbers(Word):
 
 
 class Gate(TypedDict):
-    """What the gate adds, see :func:`fastadapt.evaluation.contrast.gating.gate_effects`."""
+    """Effect of the gated pair's marker, see :func:`.contrast.gating.gate_effects`."""
 
     contrast: Interval
     effect_on: NotRequired[Interval]
@@ -97,7 +97,7 @@ class Interaction(TypedDict):
 
 
 class Entropy(TypedDict):
-    """Mean entropy of a model's predictions at both groups of places, in nats."""
+    """Mean entropy of a model's predictions at labelled and at matched positions, in nats."""
 
     model: Literal["target", "hybrid"]
     labelled: Known
@@ -106,7 +106,7 @@ class Entropy(TypedDict):
 
 
 class Places(TypedDict):
-    """Source and numbers of the places; ``same_text`` of the matched ones."""
+    """Source and counts of positions; ``same_text``: matches within a text."""
 
     source: Source
     texts: Positive

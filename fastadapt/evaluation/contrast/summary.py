@@ -1,4 +1,4 @@
-"""Summarise log-odds at labelled and matched places: probabilities, contrasts, shares, intervals.
+"""Summarise log-odds at labelled and matched positions: probabilities, contrasts, intervals.
 
 The contrast of a model is P(set) at labelled places minus the mean P(set) at their matched places.
 It is a ratio of sums over texts, so that all quantities are paired by text, see
@@ -24,12 +24,14 @@ _SHARE = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Contrast:
-    """P(set) at the places, and the difference in log-odds; float64 ``[N, K]`` each.
+    """P(set) at N labelled and their matched positions, and the difference in log-odds.
+
+    Each is float64 ``[N, K]``, for K sets.
 
     Attributes:
-        labelled: P(set) at the labelled places.
-        matched: mean P(set) at their matched places.
-        log_odds: log-odds at the labelled places minus the mean log-odds at their matched places.
+        labelled: P(set) at the labelled positions.
+        matched: mean P(set) at their matched positions.
+        log_odds: log-odds at the labelled minus the mean log-odds at their matched positions.
     """
 
     labelled: Tensor
@@ -48,14 +50,14 @@ class Contrast:
 
 
 def _means(values: Tensor, rows: Rows) -> Tensor:
-    """Return the mean ``[N, K]`` over each place's matched places of values ``[C, K]``."""
+    """Average values ``[C, K]`` of matched positions for each labelled position: ``[N, K]``."""
     n = len(rows.labelled)
     counts = torch.bincount(rows.owner, minlength=n)[:, None]
     return values.new_zeros(n, values.shape[1]).index_add_(0, rows.owner, values) / counts
 
 
 def kinds_of(places: Sequence[Place]) -> list[str]:
-    """Return ``all`` and, if there are several, the kinds of the places, sorted.
+    """Return ``all`` and, if labelled positions have several kinds, the kinds, sorted.
 
     On the gated pair the kinds are ``gate on``, ``gate off``, and each kind of slip with either.
     """
@@ -64,7 +66,7 @@ def kinds_of(places: Sequence[Place]) -> list[str]:
 
 
 def groups_of(place: Place) -> tuple[str, ...]:
-    """Return the kinds of :func:`kinds_of` that a place belongs to.
+    """Return the kinds of :func:`kinds_of` that a labelled position belongs to.
 
     Example:
         >>> groups_of(Place((0, 5), "result", ((0, 9),))), groups_of(
@@ -87,7 +89,7 @@ def summarise(
     words: Sequence[str],
     config: BootstrapConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the intervals of every model, by kind of place and by word.
+    """Return the intervals of every model, by kind of labelled position and by word.
 
     Args:
         contrasts: contrast by model, ``target`` and ``hybrid`` included. Column 0 is the set, the
@@ -121,7 +123,7 @@ def summarise(
 
 
 class _Sums:
-    """Sums per text over selected places, ``[models, n, K]``."""
+    """Sums per text over selected labelled positions, ``[models, n, K]``."""
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class _Sums:
         self._log_odds = sums([each.log_odds for each in contrasts.values()])
 
     def probabilities(self, column: int = 0) -> dict[str, dict[str, Any]]:
-        """Return P(set) of every model at both groups of places, and their difference."""
+        """Return each model's P(set) at labelled and matched positions, and the difference."""
         labelled, matched = self._labelled[..., column], self._matched[..., column]
         groups = [
             *self._means(torch.stack([labelled, matched]), bounds=_SHARE),
@@ -155,7 +157,7 @@ class _Sums:
         return dict(zip(self._names, by_model, strict=True))
 
     def numbers(self, references: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Return all intervals of every model."""
+        """Return all intervals of every model, by its name, for the whole set of words."""
         result, index = self.probabilities(), {name: i for i, name in enumerate(self._names)}
         labelled = self._labelled[..., 0]
         difference = labelled - self._matched[..., 0]

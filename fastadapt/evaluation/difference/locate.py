@@ -1,4 +1,4 @@
-"""Runs all measurements of a pair's difference, and writes them. An interrupted one is resumed.
+"""Runs all measurements of a pair's difference and writes them; resumes an interrupted run.
 
 ::
 
@@ -80,11 +80,11 @@ class WhereConfig:
 
 @dataclass(frozen=True)
 class WhereRequest:
-    """What to measure.
+    """Request of :func:`locate`: a pair of models, texts to compare them on, and settings.
 
     Attributes:
         pair: the pair.
-        data: source of the texts and rendering family; None with ``text`` and without ``generate``.
+        data: source of the texts and chat format; None with ``text`` and without ``generate``.
         text: the only text to measure, or a file that holds it; None: the held-out data.
         generate: whether every hybrid answers questions.
         config: settings.
@@ -98,7 +98,8 @@ class WhereRequest:
 
     def __post_init__(self) -> None:
         if self.data is None and (self.text is None or self.generate):
-            raise UserError("data.validation is missing: give the texts (--data), or one (--text)")
+            other = "" if self.generate else ", or one (--text)"
+            raise UserError(f"data.validation is missing: give the texts (--data){other}")
 
     def questions(self) -> BenchmarkConfig:
         """Return the settings of the questions, with sampling, family and default tasks."""
@@ -194,7 +195,7 @@ def _result(
     measured: Measured,
     changes: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the contents of ``where.json``, without answers."""
+    """Return the contents of ``where.json``, without answers to benchmarks' questions."""
     statistics = request.config.statistics
     answers = answer_starts(texts, models.pair.tokenizer)
     sections = summarise(measured, models.parts, texts, answers, statistics)

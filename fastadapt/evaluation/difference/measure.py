@@ -151,7 +151,7 @@ def measure(
 
 
 class _Taking(NamedTuple):
-    """What a hybrid takes from the base, see :meth:`TwoModels.taking`."""
+    """Parts, and the layer, that a hybrid takes from the base; see :meth:`TwoModels.taking`."""
 
     parts: tuple[Part, ...]
     layer: int | None = None
@@ -206,7 +206,7 @@ class _Comparison:
     config: DifferenceConfig
 
     def __call__(self, takings: Sequence[_Taking]) -> tuple[Tensor, Tensor]:
-        """Return KLs and top-1 agreement of hybrids, ``[S, P]`` each."""
+        """Return KL and top-1 agreement of S hybrids at P positions, ``[S, P]`` each."""
         rows: dict[int, tuple[Tensor, Tensor]] = {}
         for of_base in (False, True):
             same_head = [i for i, t in enumerate(takings) if self._has_base_head(t) == of_base]

@@ -241,7 +241,7 @@ def _swaps(pair: ModelPair, base: Any) -> list[Swap]:
 
 
 def _same_child(parent: nn.Module, name: str, path: str) -> nn.Module:
-    """Return the base's module of a name; raise if only the target has one."""
+    """Return the base's submodule ``name``, which the target has; raise if the base has none."""
     module = getattr(parent, name, None)
     if not isinstance(module, nn.Module):
         raise PairMismatchError(
@@ -266,7 +266,7 @@ def _outside(
 
 
 def _config_notes(target: Any, base: Any) -> list[str]:
-    """Return a note for each setting that differs, and with which hybrids compute."""
+    """Return a note for each setting of the computation in which target and base differ."""
     return [
         f"{key} differs: target {getattr(target, key, None)}, base {getattr(base, key, None)}; "
         "what has no weights (masks, rotary embeddings, soft cap) is the target's in every hybrid"
@@ -276,7 +276,7 @@ def _config_notes(target: Any, base: Any) -> list[str]:
 
 
 def _buffer_notes(target: Any, base: Any) -> list[str]:
-    """Return a note if buffers with values of their own differ, such as Gemma 4's layer_scalar."""
+    """Return a note if stored buffers, such as Gemma 4's layer_scalar, differ in the two models."""
     stored, theirs = target.state_dict().keys(), dict(base.named_buffers())
     names = [
         name

@@ -86,7 +86,7 @@ def _most_likely(models: TwoModels, state: Tensor, role: Role) -> tuple[int, flo
 
 
 def profile(models: TwoModels, measured: Measured, text: Text) -> dict[str, Any]:
-    """Return, for the only text that was measured, the KL and its parts at every position.
+    """Return, for a single text, the base's KL and the parts' Shapley values at every position.
 
     Returns:
         ``tokens`` (the predicted tokens, from the second of the text), ``kl`` (nats) and

@@ -62,13 +62,13 @@ def count_text(n: int) -> str:
 
 
 def regions_of(result: Mapping[str, Any]) -> list[str]:
-    """Return ``all`` and, if the texts have several regions, the names of those with positions."""
+    """Return ``all`` and, if several regions have positions, the names of these regions."""
     names = [name for name, region in result["regions"].items() if region["positions"]]
     return names if len(names) > 2 else ["all"]
 
 
 def _shown(value: Interval, show: Callable[[float | None], str] = number) -> str:
-    """Format an interval, without ends if a single text or question gives none."""
+    """Format an interval; only the mean if a single text or question leaves the ends undefined."""
     has_ends = value["low"] is not None or value["high"] is not None
     return shown(value, show) if has_ends else show(value["mean"])
 

@@ -46,7 +46,7 @@ class Value(TypedDict):
 
 
 class Region(TypedDict):
-    """The difference on one region of the texts, and its parts."""
+    """KL and top-1 error of the base on one region of the texts, and the parts' Shapley values."""
 
     kl: Interval
     top1_error: Shares
@@ -55,7 +55,7 @@ class Region(TypedDict):
 
 
 class Regions(TypedDict):
-    """The difference by region; ``all`` are all predicted tokens."""
+    """A :class:`Region` for each region of the texts; ``all`` are all predicted tokens."""
 
     all: Region
     prompt: Region
@@ -64,7 +64,10 @@ class Regions(TypedDict):
 
 
 class ByPosition(TypedDict):
-    """The difference and its parts in each bin of positions; one edge more than bins."""
+    """KL of the base and the parts' Shapley values in each bin of positions.
+
+    ``edges`` has one entry more than there are bins.
+    """
 
     edges: list[Count]
     kl: list[Interval]
@@ -72,7 +75,7 @@ class ByPosition(TypedDict):
 
 
 class Hybrid(TypedDict):
-    """A hybrid, by the parts that it takes from the base, and how far it is from the target."""
+    """A hybrid: the parts that it takes from the base, its KL and top-1 error to the target."""
 
     from_base: list[Part]
     kl: Interval
@@ -80,7 +83,10 @@ class Hybrid(TypedDict):
 
 
 class Layer(TypedDict):
-    """KL and top-1 error with one layer's MLP or attention of the base; γ of the MLP's input."""
+    """KL and top-1 error when one layer's MLP or attention is the base's.
+
+    ``gamma`` is ``‖mean‖ / ‖standard deviation‖`` of the MLP's inputs.
+    """
 
     kl: dict[Part, Interval]
     top1_error: dict[Part, Shares]
@@ -88,7 +94,7 @@ class Layer(TypedDict):
 
 
 class Matrix(TypedDict):
-    """Change of one matrix, and the rank of the change."""
+    """Relative change of one weight matrix, and measures of the rank of the change."""
 
     change: NonNegative | None
     stable_rank: NonNegative | None
@@ -96,7 +102,7 @@ class Matrix(TypedDict):
 
 
 class Change(TypedDict):
-    """Change of the weights of a part in one layer, or outside of the layers (null)."""
+    """Relative change of a part's weights in one layer; ``layer`` null: outside of the layers."""
 
     part: Part
     layer: Count | None
@@ -112,7 +118,7 @@ class Likely(TypedDict):
 
 
 class Position(TypedDict):
-    """A position where target and base differ, see :mod:`fastadapt.evaluation.difference`."""
+    """A position at which the predictions of target and base differ most."""
 
     text: str
     position: Count
@@ -126,7 +132,7 @@ class Position(TypedDict):
 
 
 class Profile(TypedDict):
-    """KL and its parts at every position of the only text."""
+    """KL of the base and the parts' Shapley values at every position of the only text."""
 
     tokens: list[str]
     kl: list[Finite]
@@ -144,7 +150,7 @@ class Answers(TypedDict):
 
 
 class Texts(TypedDict):
-    """Source and numbers of the texts."""
+    """Source of the texts, their number, and the number of predicted tokens."""
 
     source: str
     n: Positive
@@ -152,7 +158,7 @@ class Texts(TypedDict):
 
 
 class WhereFile(TypedDict):
-    """Contents of ``where.json``: how target and base differ, by part, region and layer."""
+    """Contents of ``where.json``: the difference of a pair by part, region, position and layer."""
 
     schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)]
     pair: Pair
@@ -187,7 +193,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _sizes(result: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield key, expected and actual value of what the lists of ``where.json`` have in common."""
+    """Yield key, expected and actual value for lists that must agree in length or order."""
     parts, n_layers = result["parts"], len(result["layers"])
     yield "parts", sorted(set(parts) | {"mlps"}), sorted(parts)
     hybrids = [list(hybrid.parts) for hybrid in combinations(parts)]

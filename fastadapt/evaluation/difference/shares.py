@@ -92,7 +92,7 @@ def summarise(
 
 
 class _Sums:
-    """Sums per text over selected positions (bool ``[P]``)."""
+    """KL and top-1 errors of every hybrid, summed per text over ``selected`` positions."""
 
     def __init__(self, measured: Measured, selected: Tensor, n: int) -> None:
         text, kl = measured.text[selected], measured.kl[selected].double()
@@ -132,7 +132,7 @@ class _Sums:
 def _by_position(
     measured: Measured, parts: Sequence[Part], n: int, config: BootstrapConfig | None
 ) -> dict[str, Any]:
-    """Return ``edges``, and the base's KL and the Shapley values in nats, per bin of positions.
+    """Return the section ``by_position``: the base's KL and Shapley values per bin of positions.
 
     Bin i holds the positions from ``edges[i]`` up to, not including, ``edges[i+1]``.
     """
@@ -150,7 +150,7 @@ def _by_position(
 def _layers(
     measured: Measured, counts: Tensor, config: BootstrapConfig | None
 ) -> list[dict[str, Any]]:
-    """Return, by layer, the KL and top-1 error with its MLP or attention of the base, and γ."""
+    """Return the entries ``layers`` of ``where.json``, see :class:`.difference.result.Layer`."""
     kl = ratio(measured.layer_kl.permute(1, 2, 0), counts, bounds=_POSITIVE, config=config).plain()
     wrong = measured.layer_wrong.permute(1, 2, 0)
     error = ratio(wrong, counts, bounds=_SHARE, config=config).plain()

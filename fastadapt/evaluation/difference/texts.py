@@ -44,7 +44,7 @@ def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> lis
 
 
 def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:
-    """Return a text that was typed, or is in a file, with the tokenizer's own special tokens.
+    """Tokenize the text of ``--text``, or of the file that it names, with special tokens.
 
     Args:
         text: the text, or the path of a file that holds it.
@@ -60,7 +60,9 @@ def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:
         name, text = text, read_text(text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
-        raise UserError(f"--text: expected a text of 2 tokens or more, or a file, got {text!r:.40}")
+        raise UserError(
+            f"--text: expected a text of 2 tokens or more, or a file with one, got {text!r:.40}"
+        )
     if len(ids) > longest:
         raise UserError(
             f"--text: expected at most {longest:,} tokens, the context of the models, got "

@@ -106,7 +106,7 @@ def _relative(power: float, reference: float) -> float | None:
 
 
 def _weights(swaps: Sequence[Swap]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, target's and base's tensor of each weight; names begin with the module's.
+    """Yield name, the target's and the base's tensor of each weight of the modules ``swaps``.
 
     Norms inside of attention are left out, since they are swaps of the part ``norms``.
     """
@@ -124,7 +124,7 @@ def _weights(swaps: Sequence[Swap]) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    """Return a weight of a module; of a low-rank layer, the weight of the plain layer equal to it.
+    """Return a weight of a module, with the low-rank update merged into it where there is one.
 
     Such a layer has a method ``merged``, which returns this weight.
     """

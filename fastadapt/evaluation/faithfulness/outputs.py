@@ -170,7 +170,8 @@ def check_finite(name: str, values: Tensor, texts: Sequence[str]) -> None:
     """Raise ``RunError`` if a value of ``values`` is not finite."""
     if not values.isfinite().all():
         raise RunError(
-            f"{name}: a prediction on texts {', '.join(texts)} is not finite; pass --dtype float32"
+            f"{name}: a prediction on texts {', '.join(texts)} is not finite; pass --dtype float32 "
+            "(fastadapt where: --pair.dtype float32)"
         )
 
 

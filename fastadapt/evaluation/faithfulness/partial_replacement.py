@@ -99,7 +99,7 @@ def block_passes(n_layers: int) -> int:
 
 
 class _End(NamedTuple):
-    """Hidden states after the last block, and the stream of that block."""
+    """Hidden states after the last block, and the stream whose mode and adapters it used."""
 
     hidden: Tensor
     stream: Stream
@@ -118,17 +118,19 @@ def measure_partial(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Partial]:
-    """Measure output KL with only some layers replaced, per model, or read stored results.
+    """Measure each model's KL with only the first n, last n or one layer replaced.
+
+    Stored measurements are read.
 
     Arguments and errors are those of
-    :func:`fastadapt.evaluation.faithfulness.outputs.measure_output`, but ``names`` may not have the
-    base, whose blocks do not share the target's attention; default: all other models.
+    :func:`fastadapt.evaluation.faithfulness.outputs.measure_output`, but ``names`` must not have
+    the base, whose blocks do not share the target's attention; default: all other models.
     """
     config = config or PartialConfig()
     names = [n for n in models.compared if n != "base"] if names is None else list(names)
     if "base" in names:
         raise UserError(
-            "partial replacement: expected models that share the target's attention, got 'base'; "
+            "partial replacement: expected models that share the target's attention, got the base; "
             "leave it out of the names"
         )
     batches = batches_of(texts, config.batch_tokens)
@@ -241,7 +243,7 @@ def _ends(
 
 
 def _split_families(tensors: dict[str, Tensor]) -> Partial:
-    """Split sums by stream into the families first, last and single; copy shared streams."""
+    """Split sums into first n, last n and single layers, which share some of the replacements."""
 
     def spread(sums: Tensor) -> dict[Family, Tensor]:
         n_layers = sums.shape[1] // 3 + 1

@@ -92,7 +92,7 @@ class PartialResults:
         return self._read(self.whole)
 
     def damaged(self, reason: str) -> UserError:
-        """Return the error that names the stored file and the reason why it is damaged."""
+        """Return the error for stored arrays found inconsistent; the caller raises it."""
         return UserError(f"{self.whole}: {reason}: remove it and evaluate again")
 
     def _join(self) -> None:
@@ -128,7 +128,7 @@ class PartialResults:
 
 
 def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
-    """Check names, dtypes and shapes of arrays; for a part (not ``whole``), except dimension 0.
+    """Check names, dtypes and shapes of arrays; dimension 0 only if ``whole``, not one batch.
 
     Raises:
         TensorError: an array is not as expected.

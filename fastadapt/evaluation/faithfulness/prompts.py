@@ -52,7 +52,7 @@ class HeldOut(NamedTuple):
         return f"HeldOut({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def read_as(self) -> Source:
-        """Return how the data are read."""
+        """Return the data as a :class:`Source`, with the settings for reading them."""
         return Source(self.source, self.split, self.revision, self.subset, self.columns)
 
 

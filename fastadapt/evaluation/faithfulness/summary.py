@@ -153,7 +153,7 @@ def order(
 def partial_gaps(
     a: Partial, b: Partial, family: Family, config: BootstrapConfig | None = None
 ) -> list[dict[str, Any]]:
-    """Return intervals of the KL of ``a`` minus ``b``, paired by text, of a whole family."""
+    """Return intervals of the KL of ``a`` minus ``b``, paired by text, for every n of a family."""
     curve: list[dict[str, Any]] = _curve(a, a.kl[family] - b.kl[family], config)
     return curve
 
@@ -221,7 +221,7 @@ def partial_groups(
 
 
 def _text_sums(arrays: Measured) -> dict[str, Tensor]:
-    """Return the sums of each text: KL, top-1 errors and positions."""
+    """Return sums over each text's positions: of the KL, of top-1 errors, and their number."""
     n = int(arrays.text.max()) + 1
     values = {"kl": arrays.kl.double(), "top1_error": _wrong(arrays)}
     values["positions"] = torch.ones_like(values["kl"])

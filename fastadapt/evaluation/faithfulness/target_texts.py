@@ -66,7 +66,7 @@ def target_texts(
         stop: set it to stop early; finished responses are stored.
 
     Raises:
-        UserError: no held-out data or rendering family is recorded, the source has no prompts, or a
+        UserError: no held-out data or chat format is recorded, the source has no prompts, or a
             prompt does not fit the context.
     """
     first = models.compared[models.runs[0]].run
@@ -75,7 +75,7 @@ def target_texts(
     family = models.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"{first}: no validation data or rendering family recorded; give, as the first run, "
+            f"{first}: no validation data or no chat format recorded; give, as the first run, "
             "one whose config.yaml records both"
         )
     default = recorded if config.prompts is None else None

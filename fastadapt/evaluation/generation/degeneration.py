@@ -52,7 +52,9 @@ class DegenerationConfig:
         if self.window < 1:
             raise UserError(f"degeneration.window: expected 1 or more, got {self.window}")
         if not 0 < self.share < 1:
-            raise UserError(f"degeneration.share: expected between 0 and 1, got {self.share}")
+            raise UserError(
+                f"degeneration.share: expected more than 0 and less than 1, got {self.share}"
+            )
         if self.min_count < 2:
             raise UserError(f"degeneration.min_count: expected 2 or more, got {self.min_count}")
         bad = [n for n in self.ngrams if not 1 <= n <= self.window]

@@ -138,7 +138,8 @@ class ResponseFile:
                 response = _parse(Response, record, where)
                 if response.key in self.finished:
                     raise UserError(
-                        f"{where}: expected one response {response.key}, got two; delete this line"
+                        f"{where}: a second response with id and repetition {response.key}; "
+                        "delete this line"
                     )
                 self.finished[response.key] = response
             else:

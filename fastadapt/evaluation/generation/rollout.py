@@ -52,7 +52,9 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling.top_p: expected more than 0, at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
-            raise UserError(f"sampling.max_new_tokens: expected 1+, got {self.max_new_tokens}")
+            raise UserError(
+                f"sampling.max_new_tokens: expected 1 or more, got {self.max_new_tokens}"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"sampling.batch_size: expected 1 or more, got {self.batch_size}")
         if self.batching not in ("auto", "continuous", "static"):
@@ -103,7 +105,7 @@ class Rollout:
         return position_key(self.seed, position)
 
     def has_drawn(self, key: tuple[int, int]) -> bool:
-        """Return whether ``key`` belongs to a token of this response, fed or in flight."""
+        """Return whether ``key`` is of a token of this response, including those being drawn."""
         first = len(self.request.prompt)
         return any(self.key_at(first + i) == key for i in range(len(self.tokens) + _IN_FLIGHT))
 
@@ -214,7 +216,7 @@ class Draw:
         name += ", or another of its batch: " if together else ": "
         raise LogitsError(
             f"{name}the model's logits are NaN or infinite, so that no token can be drawn. Weights "
-            "of 16 bits may overflow; pass --dtype float32"
+            "of 16 bits may overflow; pass --dtype float32 (fastadapt where: --pair.dtype float32)"
         )
 
     def forget(self) -> None:

@@ -26,7 +26,7 @@ Places = dict[tuple[int, int], np.ndarray]
 
 
 class Activations(Protocol):
-    """Interface that returns the positions of texts at which units are active."""
+    """Interface that returns the positions of texts at which features or neurons are active."""
 
     def places(
         self,
@@ -37,7 +37,7 @@ class Activations(Protocol):
         progress: Callable[[int, int], None] | None = None,
         stop: Event | None = None,
     ) -> Places:
-        """Return every position in ``texts`` at which a unit of ``units`` (by layer) is active.
+        """Return the positions in ``texts`` at which each unit of ``units`` (by layer) is active.
 
         Raises:
             UserError: activations of this kind of unit are not available.
@@ -45,7 +45,7 @@ class Activations(Protocol):
 
 
 class ModelActivations:
-    """Activations of a pair's units, computed as in collecting.
+    """Activations of a pair's features and neurons, computed as when features are collected.
 
     Args:
         model: model with transcoders; each call sets them to ``eval()`` and restores their mode.
@@ -109,7 +109,8 @@ class ModelActivations:
             return {}
         if self._k is None:
             raise UserError(
-                f"{kind} neurons: neurons_per_token is None; pass the setting of the store"
+                f"{kind} neurons: neurons_per_token is None; pass the value that the store's "
+                "features were collected with"
             )
         layers = range(self._model.n_layers)
         rows = [output_rows(self._model, kind, layer) for layer in layers]
@@ -117,7 +118,7 @@ class ModelActivations:
 
 
 def _by_unit(codes: SparseCodes, units: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each unit with the tokens at which it is active."""
+    """Yield each of ``units`` with the indices of the tokens at which it is active."""
     tokens, features = codes.tokens.cpu().numpy(), codes.features.cpu().numpy()
     order = np.argsort(features, kind="stable")
     tokens, features = tokens[order], features[order]

@@ -101,7 +101,7 @@ def classify(
 def _questions(
     store: Store, config: ClassifyConfig
 ) -> tuple[list[Unit], list[ClassifyQuestion], dict[Kind, list[dict[str, int]]]]:
-    """Return the units to classify, their questions, and by layer the numbers judged or not."""
+    """Return units to classify, a question for each, and by layer how many are judged or not."""
     vocabulary = Vocabulary(store)
     units: list[Unit] = []
     questions: list[ClassifyQuestion] = []
@@ -150,7 +150,7 @@ def _questions(
 def shares(
     rows: Sequence[dict[str, Any]], n_layers: int, config: BootstrapConfig
 ) -> dict[str, Any]:
-    """Return the share of each class and subclass over all units and by layer.
+    """Return the share of each class and subclass over all units judged, and by layer.
 
     Args:
         rows: rows of ``CLASSES`` of one kind and judge.

@@ -38,7 +38,7 @@ def describe(
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
-    """Let a judge describe units (features or neurons); score descriptions on texts not shown.
+    """Let a judge describe features or neurons; score the descriptions on texts not shown to it.
 
     Rows of other judges stay in the tables; earlier rows of this judge are replaced. The tables are
     written after the last answer. Paid answers are cached at once, so that a second call with the

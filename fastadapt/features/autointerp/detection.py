@@ -24,7 +24,7 @@ MEASURES = ("accuracy", "precision", "recall")
 
 
 def score(case: DetectionCase, judge: str, predictions: Sequence[bool]) -> dict[str, Any]:
-    """Return the detection scores of one unit's description, as a row of ``SCORES``.
+    """Return detection scores of the description of one feature or neuron, as a row of ``SCORES``.
 
     Args:
         case: unit with its scored texts.

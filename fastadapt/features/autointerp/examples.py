@@ -40,7 +40,7 @@ REASONS = ("too rare", "too few examples", "no silent text")
 
 @dataclass(frozen=True)
 class DetectionCase:
-    """A unit to judge, the windows of one sample to show, and its scored ``texts``, shuffled."""
+    """A feature or neuron to judge, examples of one sample to show, and shuffled texts to score."""
 
     unit: Unit
     sample: SampleKind
@@ -49,13 +49,13 @@ class DetectionCase:
 
     @property
     def truth(self) -> tuple[bool, ...]:
-        """For each scored text, whether the unit fires in it."""
+        """For each scored text, whether the feature or neuron fires in the text."""
         return tuple(any(window.fires) for window in self.texts)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to judge, and the numbers of units judged or not, by kind, layer and reason."""
+    """Cases to judge, and by kind and layer the number of units judged and left out, by reason."""
 
     cases: list[DetectionCase]
     counts: dict[Kind, list[dict[str, int]]]
@@ -141,7 +141,7 @@ _Split = dict[SampleKind, tuple[list[Window], list[Window]]]  # shown, held out
 def _splits(
     store: Store, kind: Kind, config: DescribeConfig
 ) -> tuple[dict[Unit, _Split], list[dict[str, int]]]:
-    """Return units with enough examples of every sample, and the numbers left out, by layer."""
+    """Return units with enough examples of every sample, and by layer how many are left out."""
     n_layers, _ = store.shape(kind)
     splits: dict[Unit, _Split] = {}
     counts = []
@@ -171,7 +171,7 @@ def _splits(
 def _split(
     unit: Unit, examples: Mapping[SampleKind, Sequence[Window]], config: DescribeConfig
 ) -> _Split | None:
-    """Split the examples of each sample into shown and held-out; None if too few."""
+    """Split each sample of a unit's examples into shown and held-out; None if there are too few."""
     split: _Split = {}
     for sample in config.samples:
         windows = examples.get(sample, [])
@@ -201,7 +201,7 @@ def _check_model(
     fires: Mapping[Unit, np.ndarray],
     corpus: Corpus,
 ) -> None:
-    """Raise ``UserError`` if the model is silent at the examples of the store."""
+    """Raise ``UserError`` if units do not fire at the store's examples of them in this model."""
     agrees = [
         bool(np.isin(positions, fires[unit]).any())
         for unit, split in splits.items()

@@ -82,7 +82,7 @@ class _ClassifySettings(_Drawing):
 
 
 class _Result(TypedDict):
-    """Fields that results of describing and of classifying share; tables show the level."""
+    """Fields that results of describing and of classifying share."""
 
     collected: NotRequired[Sha256]
     judge: NotRequired[dict[str, str | int | None]]

@@ -14,7 +14,7 @@ from fastadapt.features.store.store import Store
 
 
 class Corpus:
-    """Texts of the store, drawn by a seed and concatenated with a gap before and after each."""
+    """Randomly drawn texts of the store, concatenated with a gap before and after each."""
 
     def __init__(self, store: Store, config: DescribeConfig) -> None:
         table = store.read("texts", columns=["text", "tokens"])
@@ -55,7 +55,7 @@ class Corpus:
     def sample_negatives(
         self, excluded: np.ndarray, like: Window, rng: np.random.Generator
     ) -> Iterator[Window]:
-        """Yield all windows of the length of ``like`` without excluded positions, shuffled.
+        """Yield, shuffled, all windows as long as ``like`` that contain no excluded position.
 
         Each contains the start of its text, and the end, exactly if ``like`` does. All orders have
         equal probability.

@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]  # (completed, total)
 
 @dataclass(frozen=True)
 class Example:
-    """Excerpt of a text, and whether the unit is active on each of its pieces."""
+    """Excerpt of a text, and whether a feature or neuron is active on each piece of the excerpt."""
 
     pieces: Pieces
     fires: tuple[bool, ...]
@@ -84,7 +84,7 @@ Answer = str | tuple[bool, ...] | UnitClass
 
 
 class Estimate(NamedTuple):
-    """Cost of asking questions, without second requests after invalid answers.
+    """Estimated cost of asking questions, if no answer is invalid and asked for again.
 
     Attributes:
         calls: number of requests, without questions that the cache answers.

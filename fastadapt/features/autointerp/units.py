@@ -26,7 +26,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Window of a text: its start, its tokens, and whether the unit is active on each token."""
+    """Window of a text: start, tokens, and on which tokens a feature or neuron is active."""
 
     text: int
     start: int
@@ -82,7 +82,7 @@ class Vocabulary:
 def eligible(
     store: Store, kind: Kind, layer: int, min_density: float, seed: int
 ) -> tuple[list[int], int]:
-    """Return a layer's units with ``min_density`` or more, shuffled, and how many it leaves out.
+    """Return, shuffled, a layer's units of at least ``min_density``, and the number left out.
 
     Units that never fired are left out for every ``min_density``.
     """

@@ -116,7 +116,7 @@ def open_run(
     family = students.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"no validation data or chat template recorded in {run}; pass conversations (--data), "
+            f"no validation data or no chat format recorded in {run}; pass conversations (--data), "
             "or give the folder of a run"
         )
     if config.neurons_per_token is None and set(config.kinds) - {"adapter"}:
@@ -144,7 +144,7 @@ def open_run(
 def begin(
     opened: Opened, facts: work.Facts, shard: Shard, folder: Path, *, anew: bool = False
 ) -> Prepared:
-    """Prepare the texts, vocabulary and logit lens of a collection, unless already prepared.
+    """Prepare the texts, vocabulary and logit lens of a collection, unless an earlier call has.
 
     The folder's former contents are removed only after everything is prepared, so a mistake in
     the settings loses nothing.
@@ -202,7 +202,7 @@ def gather(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[Kind, FeatureStats] | None:
-    """Run the texts after the last snapshot through the model; return statistics of all texts.
+    """Run the texts that follow the last snapshot through the model; return the statistics of all.
 
     Return None if ``stop`` was set.
 

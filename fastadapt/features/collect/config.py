@@ -14,7 +14,7 @@ DOMAINS = 64  #: at most; the counts of 28 layers of 8,192 units then take 2 GB
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """The texts to read, and the examples to store of each unit (feature or neuron).
+    """Settings of collecting: texts to read, and examples to store of each feature or neuron.
 
     Args:
         data: conversations, named as ``data.train`` is; the run's held-out data if not given. A

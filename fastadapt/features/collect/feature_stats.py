@@ -37,7 +37,7 @@ _HALF_OCTAVE = math.floor((math.sqrt(2) - 1) * 2**23)
 
 
 class BatchTokens(NamedTuple):
-    """Position in the texts, sampling hash and window of each token of a batch: int64 ``[N]``."""
+    """Domain and region, position, sampling hash and window of N tokens: int64 ``[N]`` each."""
 
     slot: Tensor  #: ``domain * SLOTS + slot``.
     place: Tensor  #: see :func:`fastadapt.features.collect.topk_buffer.place_of`.
@@ -206,7 +206,7 @@ def wrong_values(tensors: Mapping[str, Tensor], like: FeatureStats) -> Iterator[
 def windows_of(
     codes: SparseCodes, chosen: Tensor, batch: BatchTokens, config: CollectConfig
 ) -> Tensor:
-    """Return the activations of each chosen code's unit around its token: float32 ``[m, W]``.
+    """Return, for each chosen code, its unit's activations at the tokens around: ``[m, W]``.
 
     Args:
         codes: the codes of one layer and batch.

@@ -104,7 +104,7 @@ def _is_store(folder: Path) -> bool:
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Return whether a killed process left the folder: a lock file, and only files of a store."""
+    """Return whether a folder is what a killed process left: a lock, and only files of a store."""
     known = {*_BESIDE, *_SHARED, *KINDS, NEXT}
     return (folder / LOCK).is_file() and all(
         _unstaged(path) in known
@@ -119,7 +119,7 @@ def _unstaged(path: Path) -> str:
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """Return adapter, models, data and settings of a folder's collection; None if it has none.
+    """Return adapter, models, data and settings of a folder's collection; None if there is none.
 
     Raises:
         UserError: the facts cannot be read.

@@ -48,9 +48,10 @@ def shards_of(folders: Sequence[Path]) -> list[Part]:
                 f"{folder} and {first.folder} are not shards of one collection: {changes:.300}; "
                 "give only shards with equal settings"
             )
-        if n != first.facts["shard"][1] or i in parts:
+        if n != (wanted := first.facts["shard"][1]) or i in parts:
             raise UserError(
-                f"{folder}: expected a different shard in each folder, got {i}/{n} again"
+                f"{folder}: expected a different shard of {wanted} in each folder, got {i}/{n}"
+                f"{' again' if i in parts else ''}"
             )
         parts[i] = Part(folder, facts)
         _check_finished(folder, f"{i}/{n}")

@@ -44,7 +44,7 @@ def save(tallies: Mapping[Kind, FeatureStats], cursor: Cursor, path: Path) -> No
 
 
 def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
-    """Load a snapshot into the statistics ``tallies``; return its cursor, at 0 without a file.
+    """Load a snapshot into the statistics ``tallies``; return its cursor, or a cursor at the start.
 
     Raises:
         UserError: the file cannot be read, or its tensors do not match ``tallies``.

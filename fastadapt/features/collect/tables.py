@@ -222,7 +222,7 @@ def _example_rows(stats: FeatureStats, layer: int, texts: Texts) -> pa.Table:
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return ``starts[i], ..., starts[i] + lengths[i] - 1`` of every i, end to end."""
+    """Concatenate the ranges ``starts[i], ..., starts[i] + lengths[i] - 1`` of all i."""
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()))
 
@@ -230,7 +230,7 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _windows(
     texts: Texts, row: np.ndarray, start: np.ndarray, lengths: np.ndarray, position: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of windows, end to end, and the region of each window's activation."""
+    """Return the concatenated tokens of windows, and the region of each window's activation."""
     tokens = np.empty(int(lengths.sum()), dtype=np.int32)
     regions = np.empty(len(row), dtype=np.int8)
     place = np.cumsum(lengths) - lengths
@@ -252,11 +252,12 @@ def _windows(
 
 
 def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
-    """Raise ``RunError`` if no unit is active on any token."""
+    """Raise ``RunError`` if no feature or neuron of ``stats`` is active on any token."""
     if not bool(stats.counts.any()):
         raise RunError(
-            f"nothing fires: none of the {stats.n_layers} x {stats.n_features} {stats.kind} units "
-            f"is active on any of the {texts.tokens} tokens of {source}; pass other texts (--data)"
+            f"nothing fires: none of the {stats.n_layers} x {stats.n_features} features or neurons "
+            f"of kind {stats.kind} is active on any of the {texts.tokens} tokens of {source}; pass "
+            "other texts (--data)"
         )
 
 

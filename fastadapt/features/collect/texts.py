@@ -50,7 +50,7 @@ class Source:
     Attributes:
         name: file, folder, hub id, or a name of the embedded pair's data.
         split, revision: split and revision to read, of a folder or of a hub repository.
-        family: form of chat, see :func:`fastadapt.data.rendering.get_form`.
+        family: chat format, see :func:`fastadapt.data.rendering.get_form`.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
         subset, columns, bad_rows: see :class:`fastadapt.data.sequences.DataConfig`.
@@ -67,7 +67,7 @@ class Source:
     bad_rows: Policy = "stop"
 
     def read_as(self) -> sources.Source:
-        """Return how the data are read."""
+        """Return the data as a source of :mod:`fastadapt.data`, with settings for reading them."""
         name = resolve(self.name)
         return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 
@@ -230,7 +230,7 @@ def batch_of(texts: list[Text]) -> Batch:
 def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
 ) -> BatchTokens:
-    """Return where each token of a batch of texts is. Entries of padding are never read."""
+    """Return domain, region, position and window of each token of a batch; padding is arbitrary."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in zip(slot, texts, strict=True):

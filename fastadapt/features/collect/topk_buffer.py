@@ -69,7 +69,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class TopKBuffer:
-    """The top k activations of each unit so far, by rank: ``[U, k]``, and windows ``[U, k, W]``.
+    """The top k activations of each of U units so far: ``[U, k]``, with windows ``[U, k, W]``.
 
     Empty entries have key -1. An entry's window stays at its ``slot`` when the entry changes rank:
     ranks change often, and windows are most of the memory.
@@ -94,13 +94,13 @@ class TopKBuffer:
         return self.key.shape[1]
 
     def may_enter(self, unit: Tensor, key: Tensor) -> Tensor:
-        """Return the indices of candidates whose key reaches their unit's lowest entry."""
+        """Return the indices of candidates whose key reaches the lowest of their unit's entries."""
         if self.k == 0:
             return unit.new_zeros(0)
         return (key >= rows(self.key[:, -1], unit)).nonzero().flatten()
 
     def merge(self, new: Candidates) -> None:
-        """Insert candidates. No activation may be offered twice."""
+        """Insert candidates, none of which the buffer has seen before."""
         if len(new.unit) == 0 or self.k == 0:
             return
         # Only units with a candidate are read and written; ``row`` numbers these from 0.

@@ -165,7 +165,7 @@ def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the entries of all lists, and the offsets of the lists, ``[rows + 1]``."""
+    """Return the entries of a column of lists, end to end, and the offsets of the lists."""
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]

@@ -201,7 +201,7 @@ def _write(
 
 
 def kind_facts(store: Store, kind: Kind, span: int, classes: Sequence[Any]) -> dict[str, Any]:
-    """Return what the pages know about a kind of units; ``span`` is the units per shard."""
+    """Return the facts of a kind of unit for its pages; ``span`` is the units per shard."""
     n_layers, n_features = store.shape(kind)
     return {
         "kind": kind,

@@ -18,7 +18,7 @@ _BEFORE, _AFTER = 16, 8  # tokens of an example's text around its token
 
 @dataclass(frozen=True)
 class Example:
-    """An activation in its text.
+    """An activation of a feature or neuron, with the text around the token.
 
     Attributes:
         value: the activation.
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class UnitDetails:
-    """A unit of a store.
+    """A feature or neuron of a store, with all that the store says about it.
 
     Attributes:
         kind, layer, feature: the unit.
@@ -157,7 +157,7 @@ def token_text(token: str) -> str:
 def _descriptions(
     described: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return descriptions with their accuracies, those of the first of ``SAMPLES`` first."""
+    """Return descriptions with their accuracies, in the order of ``SAMPLES``."""
     accuracy = {(row["variant"], row["judge"]): row["accuracy"] for row in scores}
     ordered = sorted(described, key=lambda row: SAMPLES.index(row["variant"]))
     return [

@@ -21,7 +21,7 @@ FACTORS = ("density", "mean", "norm")
 
 
 class Ranked(NamedTuple):
-    """A unit with its contribution, and the share of all contributions of its kind."""
+    """A feature or neuron, its contribution, and its share of all contributions of its kind."""
 
     layer: int
     feature: int

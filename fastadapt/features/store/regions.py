@@ -57,7 +57,7 @@ def _begins_response(piece: Piece) -> bool:
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Return spans of which neighbours differ in region."""
+    """Merge adjacent spans of the same region."""
     joined: list[Span] = []
     for span in spans:
         if joined and joined[-1].region == span.region:

@@ -309,7 +309,7 @@ _SPACES = " \t\r\n\v\f\u00a0"
 
 def _plain(words: Sequence[str]) -> list[str]:
     if isinstance(words, str) or not words or not all(word.strip() for word in words):
-        raise UserError(f"tokens: expected a list of one or more strings with text, got {words!r}")
+        raise UserError(f"expected a list of one or more tokens, none blank, got {words!r}")
     return [word.strip().lower() for word in words]
 
 

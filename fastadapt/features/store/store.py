@@ -190,8 +190,8 @@ class Store:
         """Return the numbers of layers, and of units per layer, of a kind."""
         if kind not in self.manifest["units"]:
             raise UserError(
-                f"{self.folder} holds no {kind} units, only {', '.join(self.kinds)}; "
-                "collect them (--kinds)"
+                f"{self.folder} holds no features or neurons of kind {kind}, only of "
+                f"{', '.join(self.kinds)}; collect them (fastadapt features collect --kinds)"
             )
         units = self.manifest["units"][kind]
         return int(units["n_layers"]), int(units["n_features"])
@@ -248,7 +248,7 @@ class Store:
         return rows
 
     def limits(self, kind: Kind) -> dict[str, Any]:
-        """Return the bounds of a kind's values; see :mod:`fastadapt.features.store.values`."""
+        """Return the limits that values of a kind's tables may not exceed, to check the tables."""
         return {
             "shape": self.shape(kind) if kind in self.manifest["units"] else None,
             "n_texts": self.manifest["data"]["texts"],

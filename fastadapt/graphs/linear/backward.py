@@ -160,7 +160,7 @@ def _watch_heads(seen: dict[str, Tensor], passes: bool, _: Any, args: Any) -> tu
 def _hold_mlp(
     trace: Trace, layer: int, seen: dict[str, Tensor], _: Any, args: Any, out: Tensor
 ) -> Tensor:
-    """Give the MLP's output its value in the trace."""
+    """Replace an MLP's output by its value in the trace, as a state that takes gradients."""
     x, value = args[0], trace.mlp_out[layer].expand_as(out)
     linear = out if trace.overlay is None else _overlaid(trace, layer, x)
     held = value.detach().requires_grad_() if linear is None else carry(value, linear)

@@ -101,7 +101,7 @@ def check_ids(model: ReplacementModel, ids: Tensor | Sequence[int]) -> Tensor:
     """
     ids = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
     if ids.ndim != 1 or len(ids) == 0:
-        raise UserError(f"prompt: expected token ids [T], got shape {list(ids.shape)}")
+        raise UserError(f"prompt: expected one or more token ids [T], got shape {list(ids.shape)}")
     context = int(model.model.config.max_position_embeddings)
     if len(ids) > context:
         raise UserError(
@@ -110,7 +110,8 @@ def check_ids(model: ReplacementModel, ids: Tensor | Sequence[int]) -> Tensor:
         )
     n_tokens = model.model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= n_tokens or int(ids.min()) < 0:
-        raise UserError(f"prompt: expected token ids 0 to {n_tokens - 1}, got {int(ids.max())}")
+        got = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise UserError(f"prompt: expected token ids 0 to {n_tokens - 1}, got {got}")
     return ids
 
 

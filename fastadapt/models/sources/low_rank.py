@@ -92,7 +92,7 @@ def sharing_copy(module: nn.Module) -> nn.Module:
 
 
 def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> None:
-    """Give linear layers of a block low-rank parts without values, to plan with.
+    """Add low-rank parts without values to linear layers of a block, for estimates of memory.
 
     Args:
         block: a block, on the meta device or of fake tensors.
@@ -109,7 +109,7 @@ def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> Non
 def merged_state(
     module: nn.Module, besides: str = ""
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield a module's parameters as readers of plain weights, a tied parameter once.
+    """Yield names and readers of a module's weights, low-rank parts merged, tied ones once.
 
     Args:
         module: a module.
@@ -141,7 +141,7 @@ def share(first: nn.Module, second: nn.Module, names: Collection[str]) -> None:
 
 
 def share_parameter(module: nn.Module, name: str, other: str) -> None:
-    """Replace a parameter of a module by another one of its parameters."""
+    """Tie a parameter of a module to another parameter of the module."""
     _set_parameter(module, name, module.get_parameter(other))
 
 

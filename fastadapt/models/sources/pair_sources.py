@@ -38,7 +38,7 @@ def _folder(name: str) -> str:
 
 
 def _check_copy(peft: PeftFolder, base: str, notes: list[str]) -> list[str]:
-    """Return the notes on a base with another path than the adapter names, none for a copy of it.
+    """Return ``notes`` on a base of another path than the adapter names; none if it is a copy.
 
     Raises:
         UserError: both are folders on this machine, with different weights.
@@ -55,7 +55,7 @@ def _check_copy(peft: PeftFolder, base: str, notes: list[str]) -> list[str]:
 
 
 def planned_config(name: str, revision: str | None, trust: bool) -> Any:
-    """Return a model's configuration, for models of presets without network access."""
+    """Return a model's configuration; that of a preset's model ships with this package."""
     return shipped_config(name) or model_config(name, revision, trust)
 
 
@@ -164,7 +164,7 @@ class Sources:
         return load_tokenizer(source, revision, config.trust_remote_code)
 
     def tokenizer_notes(self, tokenizer: Any) -> list[str]:
-        """Return how the base's tokenizer differs; the base needs none, but may be a wrong one."""
+        """Return how the base's tokenizer differs from ``tokenizer``, as notes; none if equal."""
         config = self.config
         if self.is_own_base:
             return []

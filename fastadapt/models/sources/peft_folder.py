@@ -116,7 +116,7 @@ class PeftFolder:
         return fetch(self.source, "tokenizer_config.json", self.revision) is not None
 
     def unties(self) -> bool:
-        """Return whether embedding and head differ in the target, also if the base ties them."""
+        """Return whether the target's embedding and head differ, even where the base ties them."""
         if self.settings.get("ensure_weight_tying"):
             return False
         outer = ("embed_tokens", "lm_head")
@@ -218,7 +218,7 @@ _PARTS = (
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return the module of a tensor and what the tensor is in it."""
+    """Split a tensor's name into its module and its part, such as ``lora_A.weight``."""
     for part in _PARTS:
         if name.endswith(f".{part}"):
             return name.removesuffix(f".{part}"), part
@@ -228,7 +228,7 @@ def _split(name: str) -> tuple[str, str]:
 def _expected_shape(
     model: Any, name: str, part: str, shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Return the shape that a tensor must have in the base; free sizes are those of ``shape``."""
+    """Return the shape that the base requires of a tensor; ranks are taken from ``shape``."""
     try:
         module = model.get_submodule(name)
         weight = getattr(module, part if part == "bias" else "weight")
@@ -322,7 +322,7 @@ def _check_kind(settings: Mapping[str, Any], source: str) -> None:
 
 
 def choose_base(folder: PeftFolder, base: str) -> tuple[str, list[str]]:
-    """Return the base of a PEFT target, and notes: ``base``, or if empty the one that it names.
+    """Return the base of a PEFT target (by default the one that the folder names), and notes.
 
     Two names agree if they are equal, or if one of them is a path: trainers store the path of their
     own machine, and a copy of the base may lie anywhere. Whether the weights fit is checked later.

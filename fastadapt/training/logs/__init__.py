@@ -1,1 +1,1 @@
-"""The records of a run, its sinks, and a step's metrics."""
+"""The records of a run, the sinks that receive them, and the metrics of a step."""

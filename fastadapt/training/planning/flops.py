@@ -52,7 +52,7 @@ class Setup:
 
 @contextmanager
 def fake_pair(setup: Setup, n_layers: int) -> Any:
-    """Create a pair of ``n_layers`` layers on fake tensors, and yield it in their mode."""
+    """Create a pair of ``n_layers`` layers on fake tensors; yield it with the fake mode on."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -88,7 +88,7 @@ def random_pair(setup: Setup, n_layers: int, device: str = "cpu") -> ModelPair:
 
 
 def _shortened(config: Any, n_layers: int) -> Any:
-    """Return a configuration of the last ``n_layers`` layers of a model, or of its layers again."""
+    """Return a configuration of a model's last ``n_layers`` layers, repeated if it has fewer."""
     values = config.to_dict()
     last = [i % config.num_hidden_layers for i in range(-n_layers, 0)]
     if types := values.get("layer_types"):

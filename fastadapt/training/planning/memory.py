@@ -80,7 +80,7 @@ class StepMemory:
 
 
 class LayerBytes(NamedTuple):
-    """Bytes of one layer beside weights.
+    """Bytes that one layer needs in a step, without its weights.
 
     Attributes:
         saved: what the layer's forward pass leaves for the backward pass.
@@ -123,7 +123,7 @@ class MeasuredStep(NamedTuple):
 
 @dataclass(frozen=True)
 class FixedMemory:
-    """What a step holds on each device whatever its batch; bytes, unless stated otherwise.
+    """Memory of a step on each device that depends on no batch; bytes unless stated otherwise.
 
     Attributes:
         weights: weights and moments by part.
@@ -193,7 +193,7 @@ class StepBytes(NamedTuple):
 
 
 def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
-    """Return the role of each layer at a cutoff in 0..L."""
+    """Return each layer's role: ``first``, ``before`` the cutoff, ``fork`` at it, or ``behind``."""
     if config.objective.bridge == 0 or not 0 < cutoff < n_layers:
         cutoff = n_layers
     names: dict[int, Role] = {0: "first", cutoff: "fork"}
@@ -203,7 +203,7 @@ def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
 def layers_of(
     measured: Mapping[str, MeasuredStep], of_layers: Sequence[Role], policies: Sequence[str]
 ) -> list[LayerBytes]:
-    """Return the bytes of a step's layers, whose last one runs beside the head's gradients.
+    """Return the bytes of each layer in a step; the last layer's include the head's gradients.
 
     Args:
         measured: measurements by policy.
@@ -324,7 +324,7 @@ class _StepBytes(LiveBytes):
         self.peak = self.alive
 
     def end_head(self) -> None:
-        """End the head; the backward pass calls the blocks again, which starts no part."""
+        """End the part of the head; blocks that the backward pass calls start no new part."""
         self.end()
         for hook in self._hooks:
             hook.remove()

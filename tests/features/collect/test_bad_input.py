@@ -97,7 +97,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_adapters_alone_need_data(run: Path, tmp_path: Path) -> None:
     adapters = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
-    with pytest.raises(UserError, match="no validation data or chat template recorded in"):
+    with pytest.raises(UserError, match="no validation data or no chat format recorded in"):
         collect(adapters)
     data = rows(tmp_path / "own.jsonl", conversation(), conversation("4"))
     store = collect(adapters, tmp_path / "store", CollectConfig(data=data))
@@ -193,7 +193,7 @@ def test_nothing_fires(tmp_path: Path, run: Path) -> None:
         tensors = load_file(path)
         tensors["b_enc"].fill_(-1000)
         save_file(tensors, path)
-    with pytest.raises(RunError, match=r"nothing fires: none of the 4 x 24 adapter units"):
+    with pytest.raises(RunError, match=r"nothing fires: none of the 4 x 24 features or neurons"):
         collect(silent, tmp_path / "store", FEW)
     assert nothing_left(tmp_path / "store")
 
@@ -245,7 +245,7 @@ def test_incomplete_or_different_shards(tmp_path: Path, run: Path) -> None:
         merge([], out)
     with pytest.raises(UserError, match=r"expected all 2 shards to merge; 1/2 missing"):
         merge(folders[:1], out)
-    with pytest.raises(UserError, match=r"a different shard in each folder, got 0/2 again"):
+    with pytest.raises(UserError, match=r"a different shard of 2 in each folder, got 0/2 again"):
         merge([folders[0], folders[0]], out)
     with pytest.raises(UserError, match="holds no shard"):
         merge([tmp_path], out)

@@ -57,7 +57,7 @@ def open_judge(
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """The reply to a question: its answer (None if invalid), its last text, and the requests."""
+    """Reply to a question: the answer (None if invalid), the last text, and all requests sent."""
 
     answer: Answer | None
     text: str
@@ -244,7 +244,7 @@ class EndpointJudge:
         return JudgeReply(None, text, requests)
 
     def _request(self, messages: Sequence[prompts.Message]) -> dict[str, Any]:
-        """Return everything that a reply depends on, which is the key of the reply cache."""
+        """Return the request: all that a reply depends on, and the key of the reply cache."""
         c = self.config
         parameters = c.fields
         if c.temperature is not None:
@@ -330,7 +330,7 @@ class EndpointJudge:
 
 
 def _text_of(completion: Any) -> str:
-    """Return the text of a completion; all of the completion, which is invalid, if it has none.
+    """Return a completion's text; if it has none, the whole completion as an invalid answer.
 
     Lone surrogates, which UTF-8 cannot write, become U+FFFD.
     """

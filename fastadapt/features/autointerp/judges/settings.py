@@ -121,7 +121,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class DescribeConfig:
-    """Selection of the units to describe, and of the texts that score the descriptions.
+    """Settings of describing: which features or neurons, and the texts that score descriptions.
 
     Args:
         units: maximum number of units of each layer and kind.
@@ -177,7 +177,7 @@ class DescribeConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Selection of the units to classify, and of the examples shown to the judge.
+    """Settings of classifying: which features or neurons, and the examples shown to the judge.
 
     Args:
         units: maximum number of units of each layer and kind.
@@ -218,7 +218,7 @@ class ClassifyConfig:
 
 
 def check_drawing(config: Any, section: str) -> None:
-    """Raise ``UserError`` for invalid ``min_density`` or ``kinds``, which limit the units drawn."""
+    """Raise ``UserError`` for invalid ``min_density`` or ``kinds``, which limit what is judged."""
     if not 0 <= config.min_density <= 1:
         raise UserError(
             f"{section}.min_density: expected a share of tokens in [0, 1], got {config.min_density}"

@@ -40,7 +40,7 @@ Key = tuple[str, ...]
 
 
 class Form(NamedTuple):
-    """Form of a token rule: what its keys are, and how it is put in words.
+    """Kind of token rule: which tokens its keys consist of, and the wording of its description.
 
     Attributes:
         key: returns the key at a position of a text; None without one.
@@ -140,7 +140,7 @@ def detect(description: str, texts: Iterable[Pieces]) -> tuple[bool, ...]:
 
 
 def _parse(description: str) -> tuple[Form | None, set[Key]]:
-    """Return the rule of a description by this judge; None and no keys for any other text."""
+    """Parse a description written by this judge; return None and no keys for any other text."""
     # Longest opening first: "fires on " begins the other openings too.
     for form in sorted(FORMS, key=lambda form: -len(form.opening)):
         if description.startswith(form.opening):
@@ -154,7 +154,7 @@ def _parse(description: str) -> tuple[Form | None, set[Key]]:
 
 
 def _counts(form: Form, examples: Iterable[Example]) -> tuple[Counter[Key], Counter[Key]]:
-    """Count the active positions of each key, and all of its positions."""
+    """Count, for each key, the positions with the key that are active, and all of them."""
     active: Counter[Key] = Counter()
     positions: Counter[Key] = Counter()
     for example in examples:
@@ -172,7 +172,7 @@ def _rule(form: Form, examples: Iterable[Example]) -> set[Key]:
 
 
 def _leave_one_out_f1(form: Form, examples: Sequence[Example]) -> float:
-    """Return F1 over all examples, each predicted by the rule of the others."""
+    """Return F1 over all examples, each predicted by the rule fitted to the other examples."""
     active, positions = _counts(form, examples)
     n_right = n_predicted = n_active = 0
     for example in examples:
