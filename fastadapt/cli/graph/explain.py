@@ -90,11 +90,13 @@ def graph(
         gpu: with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine
     """
     from fastadapt.errors import UserError
+    from fastadapt.graphs.explain import needs_target_mlps
     from fastadapt.graphs.linear.trace import check_stream
     from fastadapt.graphs.places import PlaceConfig
     from fastadapt.io.names import typed_path
 
     check_stream(stream, base_set is not None)
+    question = Question(token, against if responses is None else None, feature, direction, position)
     if dry_run:
         from fastadapt.cli.graph.plan import print_plan
 
@@ -103,6 +105,7 @@ def graph(
             tokens,
             prompt,
             stream=cast("Stream", stream),
+            question=None if responses is not None else question,
             dtype=dtype,
             gpu=gpu,
             device=device,
@@ -129,8 +132,6 @@ def graph(
             "--stability: expected 1 or more features, with --prompts or --responses; the features "
             "of one text's graph have nothing to be compared with"
         )
-    contrast = against if responses is None else None
-    question = Question(token, contrast, feature, direction, position)
     work = _Work(
         run,
         cast("Stream", stream),
@@ -141,6 +142,7 @@ def graph(
         device,
         trust_remote_code,
         overwrite,
+        needs_target_mlps(cast("Stream", stream), None if responses is not None else question),
     )
     folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
     if prompt is not None:
@@ -175,6 +177,7 @@ class _Work:
     device: str | None
     trust_remote_code: bool
     overwrite: bool
+    target_mlps: bool
     stopped: bool = False  # by a signal: no further graph is begun
     groups: dict[Path, str] = field(default_factory=dict)  # of the graphs of this call
 
@@ -187,6 +190,7 @@ class _Work:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
+            target_mlps=self.target_mlps,
         )
 
     @cached_property
