@@ -146,25 +146,20 @@ def measure_evidence(
     active features of later layers, which respond in proportion. Compared predictors are the direct
     edge, the size of the activation (times the norm of the decoder row) and random numbers.
 
+    In the stream ``ranks`` all this is so of rank components in place of features.
+
     Raises:
-        UserError: the stream is not ``replacement``, or fewer than 3 features can reach the target.
+        UserError: fewer than 3 features can reach the target.
     """
     config = config or EvidenceConfig()
-    if trace.stream == "ranks":
-        raise UserError(
-            "evidence: expected the stream replacement or target, whose features can be ablated, "
-            "got ranks"
-        )
-    n = leaves.n_features
-    top = trace.n_layers if target.layer is None else target.layer
-    reach = (leaves.position[:n] <= target.position) & (leaves.layer[:n] < top)
+    n, ranks_alone = leaves.n_ablated, trace.stream == "ranks"
+    reach = (leaves.position[:n] <= target.position) & (leaves.depth[:n] < target.depth)
     nodes = reach.nonzero()[:, 0]
     if len(nodes) < 3:
-        raise UserError(
-            f"evidence: expected 3 or more features before the target, got {len(nodes)}"
-        )
+        what = "rank components" if ranks_alone else "features"
+        raise UserError(f"evidence: expected 3 or more {what} before the target, got {len(nodes)}")
     draw = torch.Generator().manual_seed(config.seed)
-    linear = replace(trace, features="linear")
+    linear = replace(trace, features="linear ranks" if ranks_alone else "linear")
     total = edges(linear, leaves, [target])[0, :n]
     direct = edges(trace, leaves, [target])[0, :n]
     order = nodes[total[nodes].abs().argsort(descending=True)]
@@ -187,15 +182,15 @@ def measure_evidence(
 def _predictors(
     trace: Trace, leaves: Leaves, total: Tensor, direct: Tensor, draw: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return predicted effects of ablating each feature, float64 ``[features]``."""
+    """Return predicted effects of ablating each unit, float64 ``[units]``."""
+    n = leaves.n_ablated
     norms = torch.cat(
         [
-            units.decoder.norm(dim=1)[units.codes.features].cpu()
-            for units in trace.units
-            if units.kind == "feature"
+            units.decoder.norm(dim=1)[units.codes.features - units.first].cpu()
+            for units, rows in leaves.groups
+            if rows.start < n
         ]
     )
-    n = leaves.n_features
     return {
         "graph": -total.double(),
         "direct edge": -direct.double(),
@@ -239,7 +234,7 @@ def _effects(
     for i in range(0, len(sets), config.copies):
         # The unchanged text runs in the same batch: another batch size rounds differently.
         batch = [*sets[i : i + config.copies]]
-        none = torch.arange(leaves.n_features) if keep else torch.empty(0, dtype=torch.int64)
+        none = torch.arange(leaves.n_ablated) if keep else torch.empty(0, dtype=torch.int64)
         surgery = Surgery([none, *batch], keep=keep, held=held)
         got = run_changed(trace, leaves, target, surgery).double().cpu()
         values.append(got[1:] - got[0])

@@ -194,7 +194,7 @@ def explain(
         prompt: the text, with the markers that the model expects; or token ids.
         question: what to explain.
         config: size of the graph.
-        evidence: ablations to measure; not for the stream ``ranks``.
+        evidence: ablations to measure.
         stream: whose states to explain.
         overlay: transcoders that stand for the base's MLPs, on the model's device and in its dtype.
         dtype: dtype of weights and states; relevance is lost to rounding in 16 bits.
@@ -225,7 +225,7 @@ def explain(
     target = question.target(trace)
     graph = grow(trace, [target], config, progress=progress)
     measured = None
-    if evidence.ablations and stream != "ranks":
+    if evidence.ablations:
         measured = measure_evidence(trace, graph.leaves, target, evidence)
     document = describe(
         graph,
