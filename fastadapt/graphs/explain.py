@@ -29,6 +29,7 @@ from fastadapt.graphs.targets import (
     named_feature,
     one_token,
 )
+from fastadapt.graphs.unfinished import Batches
 from fastadapt.models.replacement import ReplacementModel
 
 HEADS = 10  # edges of the first target that are split by heads
@@ -186,6 +187,7 @@ def explain(
     trust_remote_code: bool = False,
     on_base_set: Callable[[BaseSet], Any] | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    batches: Batches | None = None,
 ) -> tuple[Graph, GraphFile]:
     """Return the graph of a prompt, and its document.
 
@@ -201,6 +203,7 @@ def explain(
         device, trust_remote_code: settings of the pair.
         on_base_set: called with what the transcoders leave unexplained, before any edge.
         progress: called with numbers of expanded features.
+        batches: stores rows and ablations as they are computed, see :mod:`.unfinished`.
 
     Raises:
         UserError: an impossible question, prompt or run.
@@ -223,10 +226,10 @@ def explain(
         if on_base_set is not None:
             on_base_set(base_set)
     target = question.target(trace)
-    graph = grow(trace, [target], config, progress=progress)
+    graph = grow(trace, [target], config, progress=progress, batches=batches)
     measured = None
     if evidence.ablations:
-        measured = measure_evidence(trace, graph.leaves, target, evidence)
+        measured = measure_evidence(trace, graph.leaves, target, evidence, batches=batches)
     document = describe(
         graph,
         adapter=adapter_digest(students.folder("run")),

@@ -427,7 +427,7 @@ def load_causal_lm(
 def _without_mlps(model: Any, paths: Paths) -> Any:
     """Return a subclass of one of transformers' causal language models whose blocks lack an MLP."""
 
-    class WithoutMLPs(model):  # type: ignore[misc]
+    class WithoutMLPs(model):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             for block in getattr(getattr(self, paths.decoder), paths.layers):

@@ -160,7 +160,8 @@ def graph(
     if stability is not None and not work.stopped:
         work.compare(stability, folder)
     if work.stopped:
-        print("Stopped; finished graphs are saved. Run the same command again to go on.")
+        finished = "finished graphs" if overwrite else "finished graphs and rows"
+        print(f"Stopped; {finished} are saved. Run the same command again to go on.")
     return 0
 
 
@@ -208,6 +209,29 @@ class _Work:
         packed = json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")
         return f"{hashlib.sha256(packed).hexdigest()[:12]}.json"
 
+    def facts(self, text: str | Sequence[int], question: Question) -> dict[str, object]:
+        """Return what the numbers of a graph depend on, by name."""
+        import torch
+
+        from fastadapt.io.atomic import digest_of_input
+        from fastadapt.models.pair import choose_device
+
+        files = [] if question.direction is None else [Path(question.direction)]
+        if self.base_set is not None:
+            files += sorted(path for path in Path(self.base_set).iterdir() if path.is_file())
+        return {
+            "prompt": text,
+            "question": vars(question),
+            "stream": self.stream,
+            "graph settings": vars(self.config),
+            "evidence settings": vars(self.evidence),
+            "weights": self.models.fingerprint("run"),
+            "files": [[path.name, *digest_of_input(path)] for path in files],
+            "dtype": self.dtype,
+            "device": str(choose_device(self.models.config.device)),
+            "torch version": torch.__version__,
+        }
+
     def explain_new(
         self, text: str | Sequence[int], question: Question, folder: Path, *, group: str
     ) -> None:
@@ -226,21 +250,29 @@ class _Work:
         from fastadapt.cli.progress import stoppable
         from fastadapt.graphs.explain import explain
         from fastadapt.graphs.files import write_graph
+        from fastadapt.graphs.unfinished import Stopped, unfinished
 
+        facts = self.facts(text, question)
         with stoppable() as (stop, progress):
-            result, document = explain(
-                self.models,
-                text,
-                question,
-                self.config,
-                self.evidence,
-                stream=self.stream,
-                overlay=self.overlay,
-                on_base_set=print_base_set,
-                progress=lambda done, n: progress("features", done, n),
-            )
+            try:
+                with unfinished(path, facts, overwrite=self.overwrite, stop=stop) as batches:
+                    result, document = explain(
+                        self.models,
+                        text,
+                        question,
+                        self.config,
+                        self.evidence,
+                        stream=self.stream,
+                        overlay=self.overlay,
+                        on_base_set=print_base_set,
+                        progress=lambda done, n: progress("features", done, n),
+                        batches=batches,
+                    )
+                    write_graph(document, path, overwrite=self.overwrite)
+            except Stopped:
+                self.stopped = True
+                return
         self.stopped = stop.is_set()
-        write_graph(document, path, overwrite=self.overwrite)
         print_graph(result, document, path, texts_of(Path(self.run), document))
 
     def compare(self, top: int, folder: Path) -> None:
