@@ -52,7 +52,8 @@ def plant(run: LoadedRun, folder: Path) -> None:
         adapter.b_enc.fill_(-1e3)
         adapter.W_dec.zero_()
     traces = [record(model, place.ids) for place in places]
-    first, last = model.adapters[0], model.adapters[3]
+    first: Any = model.adapters[0]
+    last: Any = model.adapters[3]
     x = torch.stack([t.mlp_in[0][p.marker] for t, p in zip(traces, places, strict=True)]).mean(0)
     first.W_enc[0], first.b_enc[0] = 10 * x / x.square().sum(), -9.0
     x = torch.stack([trace.mlp_in[3][-1] for trace in traces]).mean(0)
