@@ -86,8 +86,10 @@ class ModelSet:
         compared: Mapping[str, ComparedModel],
         family: Spec | None = None,
         weights: Mapping[str, Mapping[str, Any]] | None = None,
+        target_mlps: bool = True,
     ) -> None:
         self.config = config
+        self._target_mlps = target_mlps
         self.compared = dict(compared)
         self.family = family
         #: Sentences about models whose vocabulary is not the target's, by their name.
@@ -106,6 +108,7 @@ class ModelSet:
         device: str | None = None,
         attention: str | None = None,
         trust_remote_code: bool = False,
+        target_mlps: bool = True,
     ) -> ModelSet:
         """Read the settings and metadata of runs. Weights are loaded on first use.
 
@@ -114,6 +117,7 @@ class ModelSet:
             names: one name per run; default: the folders' names.
             dtype, device, attention: settings of the pair that replace those of the first run.
             trust_remote_code: run Python code that comes with the models.
+            target_mlps: load the target's own MLPs; see :meth:`.ModelPair.load`.
 
         Raises:
             UserError: ``runs`` is empty; a run is not finished; a run was trained with remote code
@@ -140,7 +144,8 @@ class ModelSet:
         assert first is not None
         changed = {"device": device, "attention": attention}
         config = replace(first, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
-        return cls(config, dict(zip(names, folders, strict=True)), compared, family, weights)
+        of_runs = dict(zip(names, folders, strict=True))
+        return cls(config, of_runs, compared, family, weights, target_mlps)
 
     @property
     def runs(self) -> list[str]:
@@ -154,7 +159,7 @@ class ModelSet:
     @cached_property
     def model(self) -> ReplacementModel:
         """The pair, loaded on first access. :meth:`replacement` sets its adapters."""
-        pair = ModelPair.load(self.config)
+        pair = ModelPair.load(self.config, target_mlps=self._target_mlps)
         models = {"target": pair.config.target, "base": pair.config.base}
         for name, weights in self._weights.items():
             warn_of_changes(name, weights, pair.weights, models)

@@ -1,9 +1,10 @@
-"""Ablate features at single positions of a text, in the free-running model.
+"""Ablate features or rank components at single positions of a text, in the free-running model.
 
 An ablated activation is subtracted from the output of its layer's MLP, and every later part
 computes with the change: in the stream ``replacement`` the base's MLPs and the adapters, in the
-stream ``target`` the target's own MLPs. Copies of the text with different ablations run as one
-batch.
+stream ``target`` the target's own MLPs. In the stream ``ranks`` an ablated component is subtracted
+from the output of its linear layer, in the target. Copies of the text with different ablations run
+as one batch.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadapt.graphs.attribution import Leaves, Target
 from fastadapt.graphs.linear.trace import Trace
+from fastadapt.graphs.linear.units import Units
 from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.replacement import Mode, ReplacementModel
+from fastadapt.models.sources.low_rank import LowRankLinear
 
 
 @dataclass(frozen=True)
 class Surgery:
-    """Changes of MLPs' outputs in copies of one text, a set of features per copy.
+    """Removals of features, or of rank components, in copies of one text, a set per copy.
 
     Attributes:
         sets: indices of leaves, one tensor per copy.
-        keep: subtract the features that are *not* in the set.
+        keep: subtract the units that are *not* in the set.
         held: only the base's MLPs react to the change: what the trace's MLPs add to their outputs,
-            features included, stays that of the trace.
+            features included, stays that of the trace. For rank components, the components that are
+            nodes stay those of the trace, and all else reacts.
     """
 
     sets: Sequence[Tensor]
@@ -73,8 +77,12 @@ def run_changed(trace: Trace, leaves: Leaves, target: Target, surgery: Surgery) 
 
 @contextmanager
 def _operating(trace: Trace, surgery: Surgery, leaves: Leaves) -> Iterator[None]:
-    """Change the outputs of MLPs inside the context."""
+    """Change the outputs of MLPs, or of low-rank layers, inside the context."""
     model, n_tokens = trace.model, trace.n_tokens
+    if trace.stream == "ranks":
+        with _operating_ranks(trace, surgery, leaves):
+            yield
+        return
     per_layer: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     for copy, indices in enumerate(surgery.sets):
         for layer in range(model.n_layers):
@@ -87,6 +95,52 @@ def _operating(trace: Trace, surgery: Surgery, leaves: Leaves) -> Iterator[None]
             hook = partial(_operate, trace, layer, keys, surgery)
             stack.callback(mlp.register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def _operating_ranks(trace: Trace, surgery: Surgery, leaves: Leaves) -> Iterator[None]:
+    """Change the outputs of low-rank layers inside the context."""
+    modules = {
+        (layer, linear.name): linear.module
+        for layer, of_layer in enumerate(trace.linears)
+        for linear in of_layer
+    }
+    with ExitStack() as stack:
+        for units, rows in leaves.groups:
+            drop = torch.zeros(len(surgery.sets), rows.stop - rows.start, dtype=torch.bool)
+            for copy, indices in enumerate(surgery.sets):
+                mine = indices[(indices >= rows.start) & (indices < rows.stop)]
+                drop[copy, mine - rows.start] = True
+            drop ^= surgery.keep
+            # All components of a layer are units at every token.
+            by_token = drop.view(len(drop), trace.n_tokens, -1).to(trace.embedding.device)
+            hook = partial(_operate_ranks, units, by_token, surgery.held)
+            stack.callback(modules[units.layer, units.name].register_forward_hook(hook).remove)
+        yield
+
+
+def _operate_ranks(
+    units: Units, drop: Tensor, held: bool, module: LowRankLinear, args: Any, out: Tensor
+) -> Tensor:
+    """Return a low-rank layer's output ``[copies, T, out]`` without some of its components.
+
+    Args:
+        units: the layer's components.
+        drop: bool ``[copies, T, r]``.
+        held: the values that stay are those of the trace.
+        module: the layer.
+        args, out: of its call.
+    """
+    x = args[0]
+    if not held:
+        return out - (x @ units.encoder.T * drop) @ units.decoder
+    values = units.codes.values.view(drop.shape[1:])
+    changed = nn.functional.linear(x, module.weight)
+    if module.gain is not None:
+        changed = changed * module.gain
+    if module.bias is not None:
+        changed = changed + module.bias
+    return changed + torch.where(drop, 0, values) @ units.decoder
 
 
 def _operate(

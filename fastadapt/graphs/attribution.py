@@ -10,10 +10,11 @@ and the exact sums of what is left out. Nothing of size N × N exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.graphs.linear.backward import FINAL, BlockGradients, Site, walk
 from fastadapt.graphs.linear.trace import Trace
-from fastadapt.graphs.linear.units import MLP_IN, MLP_OUT, Units
+from fastadapt.graphs.linear.units import MLP_IN, MLP_OUT, MLP_STAGE, Units
 
 #: Kinds of leaves. A leaf's kind is stored as the index in this order.
 Kind = Literal[
@@ -80,9 +81,22 @@ class Target:
         state = trace.final if self.layer is None else trace.mlp_in[self.layer]
         return float(self.measure(state[self.position]))
 
+    @property
+    def depth(self) -> float:
+        """The leaves that can reach the state have a smaller depth, see :class:`Leaves`."""
+        return math.inf if self.layer is None else depth_of(self.layer, MLP_STAGE)
+
     def site(self, trace: Trace) -> Site:
         """Return layer and name of the state."""
         return (trace.n_layers, FINAL) if self.layer is None else (self.layer, self.reads)
+
+
+_Number = TypeVar("_Number", int, Tensor)
+
+
+def depth_of(layer: _Number, stage: _Number) -> _Number:
+    """Return the order of units among all layers, by their stage within the block."""
+    return layer * 8 + 1 + stage
 
 
 class Leaves:
@@ -99,6 +113,7 @@ class Leaves:
         depth: a unit reads only what leaves of smaller depth write.
         n_features: number of active features of adapters.
         n_units: number of active units.
+        n_ablated: number of units that an ablation may remove: features, or rank components.
         groups: the trace's units with their leaves.
     """
 
@@ -111,6 +126,7 @@ class Leaves:
             self.groups.append((units, slice(first, first + size)))
         self.n_units = sum(sizes)
         self.n_features = sum(len(u.codes.tokens) for u in trace.units if u.kind == "feature")
+        self.n_ablated = self.n_units if trace.stream == "ranks" else self.n_features
         self._n_tokens, self._blocks = n_tokens, self._kinds(trace)
         blocks = len(self._blocks)
         positions = torch.arange(n_tokens)
@@ -126,8 +142,8 @@ class Leaves:
         if blocks:
             layers = torch.arange(n_layers).repeat_interleave(n_tokens).repeat(blocks)
             self.layer[self.n_units + n_tokens :] = layers
-        stages = spread([1 + units.stage for units in trace.units], [0] * (1 + blocks))
-        self.depth = self.layer * 8 + stages
+        stages = spread([units.stage for units in trace.units], [-1] * (1 + blocks))
+        self.depth = depth_of(self.layer, stages)
         codes = [units.codes for units in trace.units]
         active = [each.tokens.cpu() for each in codes]
         self.position = torch.cat([*active, positions.repeat(1 + blocks * n_layers)])

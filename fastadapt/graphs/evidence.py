@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges
 from fastadapt.graphs.graph import GraphConfig, Row, grow
 from fastadapt.graphs.linear.rules import without_ranks
 from fastadapt.graphs.linear.trace import Trace, record
+from fastadapt.graphs.unfinished import Batches
 
 
 class Account(NamedTuple):
@@ -138,7 +140,12 @@ class Evidence(NamedTuple):
 
 
 def measure_evidence(
-    trace: Trace, leaves: Leaves, target: Target, config: EvidenceConfig | None = None
+    trace: Trace,
+    leaves: Leaves,
+    target: Target,
+    config: EvidenceConfig | None = None,
+    *,
+    batches: Batches | None = None,
 ) -> Evidence:
     """Ablate features one by one and in groups, and compare with what the graph predicts.
 
@@ -146,40 +153,43 @@ def measure_evidence(
     active features of later layers, which respond in proportion. Compared predictors are the direct
     edge, the size of the activation (times the norm of the decoder row) and random numbers.
 
+    In the stream ``ranks`` all this is so of rank components in place of features.
+
+    Args:
+        trace: the text.
+        leaves: its leaves.
+        target: what the graph explains.
+        config: how many ablations.
+        batches: stores the effects as they are measured; those that it has are not measured again.
+
     Raises:
-        UserError: the stream is not ``replacement``, or fewer than 3 features can reach the target.
+        UserError: fewer than 3 features can reach the target.
     """
     config = config or EvidenceConfig()
-    if trace.stream == "ranks":
-        raise UserError(
-            "evidence: expected the stream replacement or target, whose features can be ablated, "
-            "got ranks"
-        )
-    n = leaves.n_features
-    top = trace.n_layers if target.layer is None else target.layer
-    reach = (leaves.position[:n] <= target.position) & (leaves.layer[:n] < top)
+    n, ranks_alone = leaves.n_ablated, trace.stream == "ranks"
+    reach = (leaves.position[:n] <= target.position) & (leaves.depth[:n] < target.depth)
     nodes = reach.nonzero()[:, 0]
     if len(nodes) < 3:
-        raise UserError(
-            f"evidence: expected 3 or more features before the target, got {len(nodes)}"
-        )
+        what = "rank components" if ranks_alone else "features"
+        raise UserError(f"evidence: expected 3 or more {what} before the target, got {len(nodes)}")
     draw = torch.Generator().manual_seed(config.seed)
-    linear = replace(trace, features="linear")
+    linear = replace(trace, features="linear ranks" if ranks_alone else "linear")
     total = edges(linear, leaves, [target])[0, :n]
     direct = edges(trace, leaves, [target])[0, :n]
     order = nodes[total[nodes].abs().argsort(descending=True)]
     drawn = nodes[torch.randperm(len(nodes), generator=draw)]
+    ablations = _Ablations(trace, leaves, target, config.copies, batches or Batches())
     samples, predictors = [], _predictors(trace, leaves, total, direct, draw)
     for name, chosen in (("strongest", order), ("random", drawn)):
         sample = chosen[: config.ablations]
-        effects = _effects(trace, leaves, target, [i[None] for i in sample], config)
+        effects = ablations.effects([i[None] for i in sample])
         samples.append(_sample(name, sample, effects, predictors, config, draw))
     strongest = order[: config.ablations]
-    held = _effects(trace, leaves, target, [i[None] for i in strongest], config, held=True)
+    held = ablations.effects([i[None] for i in strongest], held=True)
     free = torch.tensor(samples[0].effects, dtype=torch.float64)
     return Evidence(
         samples,
-        _curve(trace, leaves, target, order, config, draw),
+        _curve(ablations, order, draw),
         returned=1 - float((free * held.sign()).sum() / held.abs().sum()),
     )
 
@@ -187,15 +197,15 @@ def measure_evidence(
 def _predictors(
     trace: Trace, leaves: Leaves, total: Tensor, direct: Tensor, draw: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return predicted effects of ablating each feature, float64 ``[features]``."""
+    """Return predicted effects of ablating each unit, float64 ``[units]``."""
+    n = leaves.n_ablated
     norms = torch.cat(
         [
-            units.decoder.norm(dim=1)[units.codes.features].cpu()
-            for units in trace.units
-            if units.kind == "feature"
+            units.decoder.norm(dim=1)[units.codes.features - units.first].cpu()
+            for units, rows in leaves.groups
+            if rows.start < n
         ]
     )
-    n = leaves.n_features
     return {
         "graph": -total.double(),
         "direct edge": -direct.double(),
@@ -224,45 +234,41 @@ def _sample(
     return Sample(name, nodes.tolist(), effects.tolist(), correlations)
 
 
-def _effects(
-    trace: Trace,
-    leaves: Leaves,
-    target: Target,
-    sets: Sequence[Tensor],
-    config: EvidenceConfig,
-    *,
-    keep: bool = False,
-    held: bool = False,
-) -> Tensor:
-    """Return the change of the target's value by each surgery, float64 ``[sets]``."""
-    values = []
-    for i in range(0, len(sets), config.copies):
+@dataclass(frozen=True)
+class _Ablations:
+    """Measures effects of ablations on a target, ``copies`` of them at once."""
+
+    trace: Trace
+    leaves: Leaves
+    target: Target
+    copies: int
+    batches: Batches
+
+    def effects(self, sets: Sequence[Tensor], *, keep: bool = False, held: bool = False) -> Tensor:
+        """Return the change of the target's value by each surgery, float64 ``[sets]``."""
+        values = []
         # The unchanged text runs in the same batch: another batch size rounds differently.
-        batch = [*sets[i : i + config.copies]]
-        none = torch.arange(leaves.n_features) if keep else torch.empty(0, dtype=torch.int64)
-        surgery = Surgery([none, *batch], keep=keep, held=held)
-        got = run_changed(trace, leaves, target, surgery).double().cpu()
-        values.append(got[1:] - got[0])
-    return torch.cat(values)
+        none = torch.arange(self.leaves.n_ablated) if keep else torch.empty(0, dtype=torch.int64)
+        for i in range(0, len(sets), self.copies):
+            surgery = Surgery([none, *sets[i : i + self.copies]], keep=keep, held=held)
+            changed = self.batches.next(partial(self._changed, surgery))["values"]
+            values.append(changed[1:] - changed[0])
+        return torch.cat(values)
+
+    def _changed(self, surgery: Surgery) -> dict[str, Tensor]:
+        values = run_changed(self.trace, self.leaves, self.target, surgery)
+        return {"values": values.double().cpu()}
 
 
-def _curve(
-    trace: Trace,
-    leaves: Leaves,
-    target: Target,
-    order: Tensor,
-    config: EvidenceConfig,
-    draw: torch.Generator,
-) -> Curve:
+def _curve(ablations: _Ablations, order: Tensor, draw: torch.Generator) -> Curve:
     sizes = sorted({min(2**i, len(order)) for i in range(len(order).bit_length() + 1)})
     shuffled = order[torch.randperm(len(order), generator=draw)]
     columns = []
     for keep in (False, True):
         whole = order[:0] if keep else order  # both leave no feature of the order
-        without = _effects(trace, leaves, target, [whole], config, keep=keep)
+        without = ablations.effects([whole], keep=keep)
         for ranking in (order, shuffled):
-            sets = [ranking[:n] for n in sizes]
-            share = _effects(trace, leaves, target, sets, config, keep=keep) / without
+            share = ablations.effects([ranking[:n] for n in sizes], keep=keep) / without
             columns.append((1 - share if keep else share).tolist())
     return Curve(sizes, *columns)
 

@@ -29,6 +29,7 @@ from fastadapt.graphs.targets import (
     named_feature,
     one_token,
 )
+from fastadapt.graphs.unfinished import Batches
 from fastadapt.models.replacement import ReplacementModel
 
 HEADS = 10  # edges of the first target that are split by heads
@@ -68,6 +69,11 @@ class Question:
         if self.against is not None and self.token is None:
             raise UserError("--against: expected with --token; give --token too")
 
+    @property
+    def is_default(self) -> bool:
+        """Whether the question is the default one, which compares the target with the hybrid."""
+        return self.token is None and self.feature is None and self.direction is None
+
     def target(self, trace: Trace) -> Target:
         """Return the question's target on a traced text.
 
@@ -86,10 +92,11 @@ class Question:
             return direction_of(trace, self.direction, last)
         if self.feature is not None:
             return named_feature(trace, self.feature, last)
-        if self.token is None:
+        if self.is_default:
             place = most_different(trace.model, trace.ids, self.position)
             a, b, last = place.token, place.against, place.position
         else:
+            assert self.token is not None
             a = one_token(tokenizer, self.token, "--token")
             if self.against is None:
                 return logit(trace, a, last, f"logit of {_quoted(trace.model, a)}")
@@ -127,21 +134,44 @@ def check_dtype(dtype: str) -> None:
         )
 
 
+def needs_target_mlps(stream: Stream, question: Question | None) -> bool:
+    """Return whether a graph needs the target's own MLPs.
+
+    A graph of the replacement runs the base's MLPs alone, in its account and its ablations too.
+
+    Args:
+        stream: whose states are explained.
+        question: what is explained; None: tokens at places in responses.
+    """
+    return stream != "replacement" or (question is not None and question.is_default)
+
+
 def open_models(
     run: str,
     *,
     dtype: str = "float32",
     device: str | None = None,
     trust_remote_code: bool = False,
+    target_mlps: bool = True,
 ) -> ModelSet:
     """Open a run for graphs; arguments as of :func:`explain`.
+
+    Args:
+        run: folder of a finished run with transcoders.
+        dtype, device, trust_remote_code: settings of the pair.
+        target_mlps: load the target's own MLPs, see :func:`needs_target_mlps`.
 
     Raises:
         UserError: the run is none, or the dtype has 16 bits.
     """
     check_dtype(dtype)
     return ModelSet.open(
-        [run], ["run"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        [run],
+        ["run"],
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        target_mlps=target_mlps,
     )
 
 
@@ -159,6 +189,7 @@ def explain(
     trust_remote_code: bool = False,
     on_base_set: Callable[[BaseSet], Any] | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    batches: Batches | None = None,
 ) -> tuple[Graph, GraphFile]:
     """Return the graph of a prompt, and its document.
 
@@ -167,13 +198,14 @@ def explain(
         prompt: the text, with the markers that the model expects; or token ids.
         question: what to explain.
         config: size of the graph.
-        evidence: ablations to measure; not for the stream ``ranks``.
+        evidence: ablations to measure.
         stream: whose states to explain.
         overlay: transcoders that stand for the base's MLPs, on the model's device and in its dtype.
         dtype: dtype of weights and states; relevance is lost to rounding in 16 bits.
         device, trust_remote_code: settings of the pair.
         on_base_set: called with what the transcoders leave unexplained, before any edge.
         progress: called with numbers of expanded features.
+        batches: stores rows and ablations as they are computed, see :mod:`.unfinished`.
 
     Raises:
         UserError: an impossible question, prompt or run.
@@ -181,7 +213,11 @@ def explain(
     students = run
     if not isinstance(students, ModelSet):
         students = open_models(
-            str(run), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            str(run),
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            target_mlps=needs_target_mlps(stream, question),
         )
     model = students.model
     ids = token_ids(model, prompt) if isinstance(prompt, str) else check_ids(model, prompt)
@@ -192,10 +228,10 @@ def explain(
         if on_base_set is not None:
             on_base_set(base_set)
     target = question.target(trace)
-    graph = grow(trace, [target], config, progress=progress)
+    graph = grow(trace, [target], config, progress=progress, batches=batches)
     measured = None
-    if evidence.ablations and stream != "ranks":
-        measured = measure_evidence(trace, graph.leaves, target, evidence)
+    if evidence.ablations:
+        measured = measure_evidence(trace, graph.leaves, target, evidence, batches=batches)
     document = describe(
         graph,
         adapter=adapter_digest(students.folder("run")),

@@ -11,7 +11,7 @@ N leaves, R rows, K kinds of leaves.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges, unit_target
 from fastadapt.graphs.linear.trace import Trace
+from fastadapt.graphs.unfinished import Batches
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def grow(
     config: GraphConfig | None = None,
     *,
     progress: Callable[[int, int], Any] | None = None,
+    batches: Batches | None = None,
 ) -> Graph:
     """Return the graph of targets on a traced text.
 
@@ -210,6 +212,10 @@ def grow(
         targets: one or more targets, of equal weight.
         config: how much to expand and store.
         progress: called with the number of expanded features and the number to expand.
+        batches: stores the rows as they are computed; those that it has are not computed again.
+
+    Raises:
+        RunError: the stored rows are not those of this computation.
 
     Example:
         >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
@@ -224,11 +230,8 @@ def grow(
         True
     """
     config = config or GraphConfig()
-    leaves = Leaves(trace)
-    weights = edges(trace, leaves, targets)
-    rows = [
-        _row(trace, leaves, None, t, w, config.top) for t, w in zip(targets, weights, strict=True)
-    ]
+    leaves, batches = Leaves(trace), batches or Batches()
+    rows = _rows(trace, leaves, [None] * len(targets), targets, config.top, batches)
     graph = Graph(trace, leaves, rows, len(targets))
     n = min(config.nodes, leaves.n_units)
     while (done := len(rows) - len(targets)) < n:
@@ -240,11 +243,68 @@ def grow(
         if not chosen:
             break
         into = [unit_target(trace, leaves, i) for i in chosen]
-        for node, target, row in zip(chosen, into, edges(trace, leaves, into), strict=True):
-            rows.append(_row(trace, leaves, node, target, row, config.top))
+        rows.extend(_rows(trace, leaves, chosen, into, config.top, batches))
         if progress is not None:
             progress(len(rows) - len(targets), n)
     return graph
+
+
+def _rows(
+    trace: Trace,
+    leaves: Leaves,
+    nodes: Sequence[int | None],
+    targets: Sequence[Target],
+    top: int,
+    batches: Batches,
+) -> list[Row]:
+    """Return the rows of targets, from the next stored batch if there is one."""
+
+    def compute() -> dict[str, Tensor]:
+        weights = zip(nodes, targets, edges(trace, leaves, targets), strict=True)
+        return _packed([_row(trace, leaves, *each, top) for each in weights])
+
+    packed = batches.next(compute)
+    values = [target.value(trace) for target in targets]
+    numbers = [-1 if node is None else node for node in nodes]
+    if packed["nodes"].tolist() != numbers or packed["value"].tolist() != values:
+        raise batches.misfit()
+    return _unpacked(packed, targets)
+
+
+#: Numbers of a row that a batch stores, each as float64 ``[rows]``.
+_NUMBERS = ("value", "size", "first_position", "remainder", "pruned")
+
+
+def _packed(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Return rows as tensors, without their targets."""
+
+    def column(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    return {
+        "nodes": torch.tensor([-1 if row.node is None else row.node for row in rows]),
+        "sums": column([row.sums for row in rows]),
+        "counts": torch.tensor([len(row.sources) for row in rows]),
+        "sources": torch.cat([row.sources for row in rows]),
+        "weights": torch.cat([row.weights for row in rows]),
+        **{name: column([getattr(row, name) for row in rows]) for name in _NUMBERS},
+    }
+
+
+def _unpacked(packed: Mapping[str, Tensor], targets: Sequence[Target]) -> list[Row]:
+    counts = packed["counts"].tolist()
+    parts = zip(packed["sources"].split(counts), packed["weights"].split(counts), strict=True)
+    return [
+        Row(
+            node=None if packed["nodes"][i] < 0 else int(packed["nodes"][i]),
+            target=target,
+            sums=tuple(packed["sums"][i].tolist()),
+            sources=sources,
+            weights=weights,
+            **{name: float(packed[name][i]) for name in _NUMBERS},
+        )
+        for i, (target, (sources, weights)) in enumerate(zip(targets, parts, strict=True))
+    ]
 
 
 def _row(

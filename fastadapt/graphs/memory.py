@@ -51,6 +51,7 @@ class GraphSetup:
         stream: whose states are explained.
         config: size of the graph.
         evidence: ablations.
+        target_mlps: whether the target's own MLPs are loaded.
     """
 
     target: Any
@@ -61,6 +62,7 @@ class GraphSetup:
     stream: Stream = "replacement"
     config: GraphConfig = GraphConfig()  # noqa: RUF009
     evidence: EvidenceConfig = EvidenceConfig()  # noqa: RUF009
+    target_mlps: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class GraphMemory:
         host: in host memory, by part.
         all_blocks: activations of all blocks for R rows, which would be alive if blocks did not run
             again from their inputs.
+        target_mlps: weights of the target's MLPs that are not the base's, of ``parts``.
     """
 
     parts: dict[str, int]
     phases: dict[str, int]
     host: dict[str, int]
     all_blocks: int
+    target_mlps: int
 
     @property
     def peak_bytes(self) -> int:
@@ -104,6 +108,7 @@ class _Measured:
     Attributes:
         whole: weights outside the blocks.
         block: weights of a block: the target's, the base's MLP and the adapter.
+        target_mlp: the part of them that only the target's MLP has.
         forward: worst moment of one block in the forward pass, one copy of the text.
         ablated: the same for the copies of an ablation.
         backward: worst moment of one block in a backward pass of R rows.
@@ -114,6 +119,7 @@ class _Measured:
 
     whole: int
     block: int
+    target_mlp: int
     forward: int
     ablated: int
     backward: int
@@ -180,6 +186,7 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
             "stored edges": stored * 2 * _INDEX,
         },
         all_blocks=n_layers * one.activations,
+        target_mlps=n_layers * one.target_mlp,
     )
 
 
@@ -192,6 +199,8 @@ def _measure(setup: GraphSetup) -> _Measured:
     mode, rows = mode_of(setup.stream), setup.config.rows
     with fake_pair(shapes, n) as fake:
         model = ReplacementModel.create(fake, setup.adapter).requires_grad_(False).eval()
+        for mlp in model.mlps if not setup.target_mlps else ():
+            mlp.target = None
         live = LiveBytes()
         with live:
             for parameter in model.parameters():
@@ -222,9 +231,13 @@ def _measure(setup: GraphSetup) -> _Measured:
             tensors = {id(x): x for x in tree_iter(trace.arguments) if isinstance(x, torch.Tensor)}
             arguments = sum(tensor.nbytes for tensor in tensors.values())
         block = sum(p.nbytes for p in model.blocks[0].parameters())
+        mlp = model.mlps[0]
+        shared = {id(p) for p in mlp.base.parameters()}
+        separate = [] if mlp.target is None else mlp.target.parameters()
     return _Measured(
         whole=weights - n * block,
         block=block,
+        target_mlp=sum(p.nbytes for p in separate if id(p) not in shared),
         forward=forward,
         ablated=ablated,
         backward=backward + cotangent.nbytes,

@@ -182,13 +182,17 @@ class ModelPair:
     weights: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
+    def load(
+        cls, config: PairConfig, *, into: torch.device | None = None, target_mlps: bool = True
+    ) -> ModelPair:
         """Load and check both models.
 
         Args:
             config: the settings of the pair.
             into: device that the weights are loaded on; None is ``config.device``. On the meta
                 device the models have shapes only, and no weight is read.
+            target_mlps: load the target's own MLPs, without which its replacement model has no mode
+                ``target``. Those of a PEFT target, which shares its base's, are loaded in any case.
 
         Raises:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
@@ -202,7 +206,9 @@ class ModelPair:
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         place = into or device
-        target, base_mlps = sources.models(target_config, base_config, attention, place)
+        target, base_mlps = sources.models(
+            target_config, base_config, attention, place, target_mlps
+        )
         return cls(
             target=target,
             base_mlps=base_mlps,

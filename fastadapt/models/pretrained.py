@@ -18,7 +18,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
-from fastadapt.models.architectures import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES, Paths
 from fastadapt.models.sources.low_rank import same_bits
 from fastadapt.models.sources.text_tower import text_config, text_names, text_prefixes
 
@@ -369,6 +369,7 @@ def load_causal_lm(
     trust: bool,
     role: str = "target",
     besides: Collection[str] = (),
+    mlps: bool = True,
 ) -> Any:
     """Load transformers' causal language model of a checkpoint, in eval mode.
 
@@ -379,6 +380,8 @@ def load_causal_lm(
         trust: run Python code that comes with the model.
         role: the checkpoint's name in error messages.
         besides: names of tensors that the checkpoint may hold beside the model's.
+        mlps: load the MLPs. Without, their weights are not read, and the MLP of each block is None,
+            until the caller sets another one.
 
     Raises:
         UserError: a weight is missing, misshapen or unexpected, or the head has a bias.
@@ -387,10 +390,17 @@ def load_causal_lm(
 
     stored = _tensor_names(tensor_files(source, revision))
     prefixes = text_prefixes(stored, source)
-    besides = {*besides, *(stored.keys() - text_names(stored, source).keys())}
+    names = text_names(stored, source)
+    besides = {*besides, *(stored.keys() - names.keys())}
     config = model_config(source, revision, trust)
+    known: Any = AutoModelForCausalLM
+    if not mlps:
+        paths = ARCHITECTURES[config.model_type]
+        known = _without_mlps(AutoModelForCausalLM._model_mapping[type(config)], paths)
+        inside = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
+        besides |= {key for pair in names.items() if inside.match(pair[1]) for key in pair}
     with reading(role, source), _errors_only() if besides else nullcontext():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = known.from_pretrained(
             source,
             config=config,
             revision=revision,
@@ -412,6 +422,18 @@ def load_causal_lm(
     if dtype == torch.float64 and attention == "eager":
         _bound_masks(model)
     return model.eval()
+
+
+def _without_mlps(model: Any, paths: Paths) -> Any:
+    """Return a subclass of one of transformers' causal language models whose blocks lack an MLP."""
+
+    class WithoutMLPs(model):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            for block in getattr(getattr(self, paths.decoder), paths.layers):
+                setattr(block, paths.mlp, None)
+
+    return WithoutMLPs
 
 
 def _bound_masks(model: nn.Module) -> None:

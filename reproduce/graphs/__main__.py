@@ -1,4 +1,4 @@
-"""Measure graphs over places of a run: ``python -m reproduce.graphs effects | shares RUN``."""
+"""Measure graphs over places of a run: ``python -m reproduce.graphs effects | shares | gate``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastadapt.cli.console import print_error, print_table, quiet_transformers, 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.loading import load_run
 from fastadapt.graphs.evidence import EvidenceConfig
+from fastadapt.graphs.graph import GraphConfig
 from fastadapt.reporting.formatting import number
 
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     for name, text, places in (
         ("effects", "predicted against measured effects of features", 50),
         ("shares", "where the relevance of hesitation features comes from", 100),
+        ("gate", "paths from the marker of the gated pair to the correction of slips", 50),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("run", help="folder of a trained run")
@@ -33,11 +35,13 @@ def main(argv: list[str]) -> int:
         if name == "effects":
             command.add_argument("--ablations", type=int, default=48, help="features per place")
             command.add_argument("--stream", default="replacement", help="replacement or target")
+        elif name == "gate":
+            command.add_argument("--nodes", type=int, default=128, help="features to expand")
         else:
             command.add_argument("--top", type=int, default=1, help="promoted tokens that count")
     options = parser.parse_args(argv)
     quiet_transformers()
-    result = _effects(options) if options.command == "effects" else _shares(options)
+    result = {"effects": _effects, "shares": _shares, "gate": _gate}[options.command](options)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         say(f"written to {options.out.resolve()}")
@@ -88,6 +92,28 @@ def _shares(options: argparse.Namespace) -> dict[str, Any]:
     print_table(
         [head, *(f"{name} features" for name in shares)],
         [[name, *(_interval(parts[name]) for parts in shares.values())] for name in names],
+    )
+    return result
+
+
+def _gate(options: argparse.Namespace) -> dict[str, Any]:
+    from reproduce.graphs.gate import CASES, MEASURES, measure_gate
+
+    result = measure_gate(
+        load_run(options.run, dtype="float64", device="cpu"),
+        options.places,
+        GraphConfig(nodes=options.nodes),
+        seed=options.seed,
+        progress=lambda done: say(f"{done} of {options.places} places"),
+    )
+    for depth, shares in result["paths"].items():
+        rows = [[name, *(_interval(shares[name][case]) for case in CASES)] for name in MEASURES]
+        print_table([f"{depth} strongest paths, {result['places']} places", *CASES], rows)
+        print()
+    print(
+        f"{result['gate features']} features of the gate, {result['hesitation features']} of "
+        "hesitation. P(wait): "
+        + ", ".join(f"{number(value, 3)} ({case})" for case, value in result["P(wait)"].items())
     )
     return result
 

@@ -138,6 +138,39 @@ def test_a_dry_run_reads_no_weights(
     assert outcome.code == 0, outcome.err
     assert "It DOES NOT FIT into 76.00 GB of the 80.00 GB of NVIDIA H100 80GB" in outcome.out
     assert re.search(r"--rows 1 --evidence.copies 1 +│ +[67]\d\.\d\d GB", outcome.out)
+    assert re.search(r"--rows 1 --evidence.copies 1 --token TOKEN +│ +4\d\.\d\d GB", outcome.out)
+
+
+def test_the_targets_mlps_are_loaded_where_they_are_needed(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastadapt.models.pair import ModelPair
+
+    loaded, load = [], ModelPair.load
+
+    def spy(config: Any, **settings: Any) -> ModelPair:
+        pair = load(config, **settings)
+        loaded.append(any(True for _ in pair.target_mlps.parameters()))
+        return pair
+
+    monkeypatch.setattr(ModelPair, "load", spy)
+    text = "<｜User｜>tom has 3 apples and gets 4 apples . how many now ?<｜Assistant｜><think>"
+    small = ("--nodes", 1, "--evidence.ablations", 0, "--device", "cpu", "--output")
+    for i, (options, needed) in enumerate(
+        (
+            (("--token", "4"), False),
+            (("--feature", "3/2"), False),
+            ((), True),
+            (("--token", "4", "--stream", "target"), True),
+        )
+    ):
+        outcome = fastadapt("graph", run, text, *options, *small, tmp_path / f"{i}.json")
+        assert outcome.code == 0, outcome.err
+        assert loaded.pop() == needed
+        plan = fastadapt("graph", run, text, *options, "--dry-run", "--device", "cpu").out
+        size = r"The target's own MLPs, [\d.]+ MB of the weights, are loaded"
+        assert bool(re.search(size, plan)) == needed
+        assert ("The target's own MLPs are not loaded" in plan) != needed
 
 
 def test_stability_of_prompts(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:

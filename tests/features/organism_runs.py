@@ -32,14 +32,22 @@ DATA = {
 
 
 def make_run(
-    folder: Path, *, n_features: int = 24, l0: float = 3.0, seed: int = 0, **config: Any
+    folder: Path,
+    *,
+    n_features: int = 24,
+    l0: float = 3.0,
+    seed: int = 0,
+    organism: str = "organism",
+    **config: Any,
 ) -> Path:
-    """Write a finished run's folder: ``config.yaml`` and ``adapter/``."""
-    named: dict[str, Any] = {role: resolve(name) for role, name in PAIR.items()}
+    """Write a finished run's folder: ``config.yaml`` and ``adapter/``; ``organism`` is the pair."""
+    names = {role: f"{organism}/{role}" for role in PAIR}
+    read = {**DATA, "validation": f"{organism}/validation"}
+    named: dict[str, Any] = {role: resolve(name) for role, name in names.items()}
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
-    data = DataConfig("", resolve("organism/validation"), max_validation=24)
+    data = DataConfig("", resolve(f"{organism}/validation"), max_validation=24)
     texts = load_sequences(data.validation, pair.tokenizer, data, split="validation")
     batch = collate(list(texts), 0)
     inputs = model.block_inputs(batch.input_ids, batch.attention_mask)
@@ -58,8 +66,8 @@ def make_run(
             adapter.W_dec.copy_(0.02 * torch.randn(adapter.W_dec.shape, generator=draw))
             hidden, _ = model.block(layer, hidden, inputs.arguments[layer], "replacement")
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"pair": PAIR, "data": DATA}))
-    card = {**PAIR, "family": "r1-distill", "measured": {"l0_mean": l0}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"pair": names, "data": read}))
+    card = {**names, "family": "r1-distill", "measured": {"l0_mean": l0}}
     save_adapters(model.adapters, folder / "adapter", card)
     return folder
 

@@ -13,7 +13,7 @@ from transformers import Qwen2Config
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.evaluation.models_under_test import ModelSet
-from fastadapt.graphs.evidence import EvidenceConfig, measure_evidence
+from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
 from fastadapt.graphs.graph import GraphConfig, grow
 from fastadapt.graphs.linear.backward import FINAL, walk
 from fastadapt.graphs.linear.heads import head_loadings
@@ -122,6 +122,30 @@ def test_larger_graphs_need_more(model: ReplacementModel) -> None:
     assert more.peak_bytes == plan.peak_bytes
 
 
+def test_the_plan_knows_when_the_targets_mlps_are_not_loaded(
+    model: ReplacementModel, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pair = PairConfig("target", "base", dtype="float32")
+    setup = GraphSetup(model.model.config, pair, AdapterConfig(24), 100, 3.0, config=GRAPH)
+    plan, without = (graph_memory(replace(setup, target_mlps=loads)) for loads in (True, False))
+    run = make_run(tmp_path_factory.mktemp("without") / "run")
+    light = ModelSet.open([run], device="cpu", target_mlps=False).model
+    mlps = sum(p.nbytes for p in light.pair.base_mlps.parameters())
+    assert plan.target_mlps == mlps
+    assert without.target_mlps == 0
+    assert plan.peak_bytes - without.peak_bytes == mlps
+    assert without.parts["weights"] == sum(p.nbytes for p in light.parameters())
+    # A graph with its account and ablations runs without them, and has the same values.
+    documents = []
+    for each in (model, light):
+        trace = record(each, torch.arange(30) + 5, rows=GRAPH.rows)
+        graph = grow(trace, [contrast(trace, 7, 11, 29)], GRAPH)
+        evidence = measure_evidence(trace, graph.leaves, graph.rows[0].target, EVIDENCE)
+        weights = [row.weights.tolist() for row in graph.rows]
+        documents.append((weights, account(trace, graph.rows[0]), evidence))
+    assert documents[0] == documents[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_plan_of_7b_equals_all_blocks_on_fake_tensors(rows: int) -> None:
@@ -142,4 +166,8 @@ def test_the_plan_of_7b_equals_all_blocks_on_fake_tensors(rows: int) -> None:
         walk(trace, {(28, FINAL): cotangent}, lambda grads: None)
         assert live.peak + plan.parts["codes"] == pytest.approx(plan.phases["edges"], rel=0.01)
     if rows == 1:
-        assert plan.peak_bytes < 76e9  # an 80 GB GPU without its reserve
+        gpu = 76e9  # an 80 GB GPU without its reserve
+        assert plan.peak_bytes < gpu
+        longer = replace(setup, tokens=10_000)
+        assert graph_memory(longer).peak_bytes > gpu
+        assert graph_memory(replace(longer, target_mlps=False)).peak_bytes < gpu

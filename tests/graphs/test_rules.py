@@ -110,7 +110,7 @@ def test_carry_returns_the_bits_of_the_value() -> None:
 def test_bad_requests(make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair("llama"))
     with (
-        pytest.raises(UserError, match="one of leaves, linear, ranks, got 'x'"),
+        pytest.raises(UserError, match="one of leaves, linear, ranks, linear ranks, got 'x'"),
         linearized(model, "x"),  # type: ignore[arg-type]
     ):
         pass

@@ -66,6 +66,36 @@ def test_three_modes(architecture: str, save_model: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_targets_mlps_need_not_be_read(
+    architecture: str, save_model: Callable[..., str]
+) -> None:
+    target, base = save_model("target", 0, architecture), save_model("base", 1, architecture)
+    config, models = PairConfig(target, base, device="cpu"), [randomised(load(target, base))]
+    models.append(randomised(ModelPair.load(config, target_mlps=False)))
+    file = Path(target, "model.safetensors")
+    others = {name: x for name, x in load_file(file).items() if ".mlp." not in name}
+    save_file(others, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="missing keys"):  # the control: what is read must be there
+        load(target, base)
+    models.append(randomised(ModelPair.load(config, target_mlps=False)))
+    size = [sum(p.numel() for p in model.parameters()) for model in models]
+    mlps = sum(p.numel() for p in models[0].pair.base_mlps.parameters())
+    assert size == [size[0], size[0] - mlps, size[0] - mlps]
+    for mode in ("hybrid", "replacement"):
+        outputs = []
+        for model in models:
+            with model.mode(mode), torch.no_grad():
+                outputs.append(model(IDS).logits)
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+    with (
+        pytest.raises(UserError, match="does not hold the target's MLPs"),
+        models[1].mode("target"),
+    ):
+        models[1](IDS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generate_in_each_mode(architecture: str, make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair(architecture))
     seen = {}

@@ -90,11 +90,13 @@ def graph(
         gpu: with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine
     """
     from fastadapt.errors import UserError
+    from fastadapt.graphs.explain import needs_target_mlps
     from fastadapt.graphs.linear.trace import check_stream
     from fastadapt.graphs.places import PlaceConfig
     from fastadapt.io.names import typed_path
 
     check_stream(stream, base_set is not None)
+    question = Question(token, against if responses is None else None, feature, direction, position)
     if dry_run:
         from fastadapt.cli.graph.plan import print_plan
 
@@ -103,6 +105,7 @@ def graph(
             tokens,
             prompt,
             stream=cast("Stream", stream),
+            question=None if responses is not None else question,
             dtype=dtype,
             gpu=gpu,
             device=device,
@@ -131,8 +134,6 @@ def graph(
             "--stability: expected 1 or more features, with --prompts or --responses; the features "
             "of one text's graph have nothing to be compared with"
         )
-    contrast = against if responses is None else None
-    question = Question(token, contrast, feature, direction, position)
     work = _Work(
         run,
         cast("Stream", stream),
@@ -143,6 +144,7 @@ def graph(
         device,
         trust_remote_code,
         overwrite,
+        needs_target_mlps(cast("Stream", stream), None if responses is not None else question),
     )
     folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
     if prompt is not None:
@@ -160,7 +162,8 @@ def graph(
     if stability is not None and not work.stopped:
         work.compare(stability, folder)
     if work.stopped:
-        print("Stopped; finished graphs are saved. Run the same command again to go on.")
+        finished = "finished graphs" if overwrite else "finished graphs and rows"
+        print(f"Stopped; {finished} are saved. Run the same command again to go on.")
     return 0
 
 
@@ -177,6 +180,7 @@ class _Work:
     device: str | None
     trust_remote_code: bool
     overwrite: bool
+    target_mlps: bool
     stopped: bool = False  # by a signal: no further graph is begun
     groups: dict[Path, str] = field(default_factory=dict)  # of the graphs of this call
 
@@ -189,6 +193,7 @@ class _Work:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
+            target_mlps=self.target_mlps,
         )
 
     @cached_property
@@ -205,6 +210,29 @@ class _Work:
         settings += [] if self.base_set is None else [str(Path(self.base_set).resolve())]
         packed = json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")
         return f"{hashlib.sha256(packed).hexdigest()[:12]}.json"
+
+    def facts(self, text: str | Sequence[int], question: Question) -> dict[str, object]:
+        """Return what the numbers of a graph depend on, by name."""
+        import torch
+
+        from fastadapt.io.atomic import digest_of_input
+        from fastadapt.models.pair import choose_device
+
+        files = [] if question.direction is None else [Path(question.direction)]
+        if self.base_set is not None:
+            files += sorted(path for path in Path(self.base_set).iterdir() if path.is_file())
+        return {
+            "prompt": text,
+            "question": vars(question),
+            "stream": self.stream,
+            "graph settings": vars(self.config),
+            "evidence settings": vars(self.evidence),
+            "weights": self.models.fingerprint("run"),
+            "files": [[path.name, *digest_of_input(path)] for path in files],
+            "dtype": self.dtype,
+            "device": str(choose_device(self.models.config.device)),
+            "torch version": torch.__version__,
+        }
 
     def explain_new(
         self, text: str | Sequence[int], question: Question, folder: Path, *, group: str
@@ -224,21 +252,29 @@ class _Work:
         from fastadapt.cli.progress import stoppable
         from fastadapt.graphs.explain import explain
         from fastadapt.graphs.files import write_graph
+        from fastadapt.graphs.unfinished import Stopped, unfinished
 
+        facts = self.facts(text, question)
         with stoppable() as (stop, progress):
-            result, document = explain(
-                self.models,
-                text,
-                question,
-                self.config,
-                self.evidence,
-                stream=self.stream,
-                overlay=self.overlay,
-                on_base_set=print_base_set,
-                progress=lambda done, n: progress("features", done, n),
-            )
+            try:
+                with unfinished(path, facts, overwrite=self.overwrite, stop=stop) as batches:
+                    result, document = explain(
+                        self.models,
+                        text,
+                        question,
+                        self.config,
+                        self.evidence,
+                        stream=self.stream,
+                        overlay=self.overlay,
+                        on_base_set=print_base_set,
+                        progress=lambda done, n: progress("features", done, n),
+                        batches=batches,
+                    )
+                    write_graph(document, path, overwrite=self.overwrite)
+            except Stopped:
+                self.stopped = True
+                return
         self.stopped = stop.is_set()
-        write_graph(document, path, overwrite=self.overwrite)
         print_graph(result, document, path, texts_of(Path(self.run), document))
 
     def compare(self, top: int, folder: Path) -> None:

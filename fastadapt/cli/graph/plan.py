@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastadapt.graphs.evidence import EvidenceConfig
+    from fastadapt.graphs.explain import Question
     from fastadapt.graphs.graph import GraphConfig
     from fastadapt.graphs.linear.trace import Stream
     from fastadapt.graphs.memory import GraphMemory, GraphSetup
@@ -22,6 +23,7 @@ def print_plan(
     prompt: str | None,
     *,
     stream: Stream,
+    question: Question | None,
     dtype: str,
     gpu: str | None,
     device: str | None,
@@ -31,6 +33,9 @@ def print_plan(
 ) -> None:
     """Print the memory that a graph needs. The arguments are those of `fastadapt graph`.
 
+    Args:
+        question: what to explain; None: tokens at places in responses.
+
     Raises:
         UserError: no run or recipe, or neither a prompt nor its length.
     """
@@ -39,7 +44,7 @@ def print_plan(
     from fastadapt.training.planning.estimate import gb
 
     place = _device(gpu, device)
-    setup = _setup(run, tokens, prompt, stream, dtype, trust_remote_code)
+    setup = _setup(run, tokens, prompt, stream, question, dtype, trust_remote_code)
     setup = replace(setup, config=config, evidence=evidence)
     memory = graph_memory(setup)
     for title, sizes in (
@@ -55,6 +60,8 @@ def print_plan(
         f"Peak: {gb(memory.peak_bytes)}, in {peak}, for {setup.tokens:,} tokens with "
         f"{setup.l0:.3g} active features per token and layer; host: {gb(memory.host_bytes)}."
     )
+    by_question = stream == "replacement" and setup.target_mlps and memory.target_mlps > 0
+    print(_target_mlps(stream, by_question, memory))
     print(
         "Without running blocks again, the edges would need "
         f"{gb(memory.without_recompute)} instead of {gb(memory.phases['edges'])}."
@@ -63,8 +70,20 @@ def print_plan(
     print(
         f"It {fits} into {gb(place.usable_bytes)} of the {gb(place.memory_bytes)} of {place.name}."
     )
-    if total > place.usable_bytes and (smaller := _remedies(setup, memory)):
+    if total > place.usable_bytes and (smaller := _remedies(setup, memory, by_question)):
         print_table(["with", "peak"], [[name, gb(size)] for name, size in smaller])
+
+
+def _target_mlps(stream: Stream, by_question: bool, memory: GraphMemory) -> str:
+    """Return a sentence that says whether the target's own MLPs are loaded, and why."""
+    from fastadapt.training.planning.estimate import gb
+
+    if not memory.target_mlps:
+        return "The target's own MLPs are not loaded: this graph does not need them."
+    size = f"The target's own MLPs, {gb(memory.target_mlps)} of the weights, are loaded for"
+    if not by_question:
+        return f"{size} --stream {stream}."
+    return f"{size} the default question; with --token, --feature or --direction they are not."
 
 
 def _device(gpu: str | None, device: str | None) -> Device:
@@ -87,6 +106,7 @@ def _setup(
     tokens: int | None,
     prompt: str | None,
     stream: Stream,
+    question: Question | None,
     dtype: str,
     trust_remote_code: bool,
 ) -> GraphSetup:
@@ -96,7 +116,7 @@ def _setup(
     from fastadapt.cli.train import find_config
     from fastadapt.errors import UserError
     from fastadapt.evaluation.runs import read_pair, with_trust
-    from fastadapt.graphs.explain import check_dtype
+    from fastadapt.graphs.explain import check_dtype, needs_target_mlps
     from fastadapt.graphs.memory import GraphSetup
     from fastadapt.io.documents import read_yaml
     from fastadapt.io.names import typed_path
@@ -132,10 +152,12 @@ def _setup(
             f"{what}: expected at most {context:,} tokens, the model's context, got {tokens:,}; "
             f"give {fewer}"
         )
-    return GraphSetup(target, replace(pair, dtype=dtype), adapter, tokens, l0, stream)
+    needed = needs_target_mlps(stream, question) or not sources.has_separate_mlps
+    pair = replace(pair, dtype=dtype)
+    return GraphSetup(target, pair, adapter, tokens, l0, stream, target_mlps=needed)
 
 
-def _remedies(setup: GraphSetup, memory: GraphMemory) -> list[tuple[str, int]]:
+def _remedies(setup: GraphSetup, memory: GraphMemory, by_question: bool) -> list[tuple[str, int]]:
     """Return settings that lower the peak, each with its peak, the lowest peak first."""
     from fastadapt.graphs.memory import graph_memory
 
@@ -148,6 +170,9 @@ def _remedies(setup: GraphSetup, memory: GraphMemory) -> list[tuple[str, int]]:
         "--rows 1 --evidence.copies 1": replace(setup, config=one_row, evidence=few),
         "--rows 1 --evidence.ablations 0": replace(setup, config=one_row, evidence=none),
     }
+    if by_question:
+        for name in list(tried):
+            tried[f"{name} --token TOKEN"] = replace(tried[name], target_mlps=False)
     peaks = {name: graph_memory(changed).peak_bytes for name, changed in tried.items()}
     return sorted(
         ((name, size) for name, size in peaks.items() if size < memory.peak_bytes),

@@ -119,6 +119,8 @@ def _print_evidence(document: GraphFile) -> None:
     evidence = document.get("evidence")
     if evidence is None:
         return
+    ranks = document["stream"] == "ranks"
+    units, later = ("components", "components") if ranks else ("features", "adapters")
     rows = []
     for sample in evidence["samples"]:
         for line in sample["correlations"]:
@@ -128,7 +130,7 @@ def _print_evidence(document: GraphFile) -> None:
             ]
             rows.append([f"{len(sample['nodes'])} {sample['name']}", line["predictor"], *cells])
     print()
-    print_table(["ablated features", "predicted by", "Spearman", "Pearson"], rows)
+    print_table([f"ablated {units}", "predicted by", "Spearman", "Pearson"], rows)
     curve = evidence["curve"]
     columns = (
         curve["ablated"],
@@ -138,7 +140,7 @@ def _print_evidence(document: GraphFile) -> None:
     )
     print()
     print_table(
-        ["features", "ablated", "random", "only these", "random"],
+        [units, "ablated", "random", "only these", "random"],
         [[str(n), *(percent(column[i]) for column in columns)] for i, n in enumerate(curve["n"])],
     )
-    print(f"\nLater adapters undo {percent(evidence['returned'])} of the ablations' effects.")
+    print(f"\nLater {later} undo {percent(evidence['returned'])} of the ablations' effects.")

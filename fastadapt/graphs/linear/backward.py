@@ -144,7 +144,12 @@ def run_block(
 
 
 #: The mode whose gradient is that of the rules; the output of the MLP is the trace's.
-_MODES: dict[str, Mode] = {"leaves": "hybrid", "linear": "replacement", "ranks": "target"}
+_MODES: dict[str, Mode] = {
+    "leaves": "hybrid",
+    "linear": "replacement",
+    "ranks": "target",
+    "linear ranks": "target",
+}
 
 
 def _watch(seen: dict[str, Tensor], name: str, _: Any, args: Any, out: Tensor) -> None:

@@ -14,7 +14,7 @@ gate × up                   half to each factor
 attention                   pattern held: queries and keys are constants, values are not
 linear, rotary, residual    their own
 adapter                     none (``leaves``), or its own with the active features held (``linear``)
-target's MLP                that of the base's MLP in its place; its own (``ranks``)
+target's MLP                that of the base's MLP in its place; its own (both ``ranks``)
 low-rank part of a layer    its own; none (``ranks``)
 ==========================  ======================================================================
 
@@ -39,8 +39,8 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.low_rank import LowRankLinear
 
 #: How adapters pass gradients: not at all, or through their active features. With ``ranks``, a
-#: LoRA's rank components pass none, in the target's own MLPs.
-Features = Literal["leaves", "linear", "ranks"]
+#: LoRA's rank components pass none, in the target's own MLPs; with ``linear ranks`` their own.
+Features = Literal["leaves", "linear", "ranks", "linear ranks"]
 
 
 class _Carry(torch.autograd.Function):
@@ -93,7 +93,7 @@ def linearized(
         model: a replacement model with transcoders. All of its modes keep their outputs.
         features: ``leaves``: adapters are constants. ``linear``: the activation of an active
             feature is its pre-activation, and passes its gradient to the MLP's input. ``ranks``:
-            low-rank parts are constants in the mode ``target``.
+            low-rank parts are constants in the mode ``target``. ``linear ranks``: they are not.
         layer: apply the rules to this block alone; None: to all modules.
         watched: linear layers with forward hooks that see their outputs before other rules do.
 
@@ -133,7 +133,7 @@ def check_model(model: ReplacementModel, features: Features = "leaves") -> None:
     Raises:
         UserError: it has not.
     """
-    if features == "ranks":
+    if has_ranks(features):
         if not any(isinstance(module, LowRankLinear) for module in model.blocks.modules()):
             raise UserError(
                 "--stream ranks: expected a target that is a PEFT folder, got one without low-rank "
@@ -153,6 +153,11 @@ def check_model(model: ReplacementModel, features: Features = "leaves") -> None:
         )
 
 
+def has_ranks(features: Features) -> bool:
+    """Return whether rank components are the units, in the target's own MLPs."""
+    return features in ("ranks", "linear ranks")
+
+
 #: A forward hook: it gets a module, its arguments and its output, and may return another output.
 Hook = Callable[[Any, Any, Any], Any]
 
@@ -167,13 +172,13 @@ def _hooks(
             yield module, _hold_quotient
         elif kind.endswith("Attention"):
             yield from _attention_hooks(module)
-    used = [mlp.target if features == "ranks" else mlp.base for mlp in mlps]
+    used = [mlp.target if has_ranks(features) else mlp.base for mlp in mlps]
     for gated in {id(mlp): mlp for mlp in used}.values():  # a pair may share one module
         assert gated is not None
         for name in model.paths.projections:
             yield getattr(gated, name), _halve
         yield activation_of(gated), _hold_quotient
-    if features != "ranks":
+    if not has_ranks(features):
         for mlp in mlps:
             yield mlp, _linear_mlp if features == "linear" else _constant_adapter
 

@@ -182,8 +182,21 @@ class Sources:
             "base": fingerprint(config.base, config.base_revision),
         }
 
+    @property
+    def has_separate_mlps(self) -> bool:
+        """Whether the target's MLPs are weights of their own, which a pair may leave unread.
+
+        A PEFT target shares its base's, and remote code may need its own class of the model.
+        """
+        return not (self.peft is not None or self.is_own_base or self.config.trust_remote_code)
+
     def models(
-        self, target_config: Any, base_config: Any, attention: str, place: torch.device
+        self,
+        target_config: Any,
+        base_config: Any,
+        attention: str,
+        place: torch.device,
+        target_mlps: bool = True,
     ) -> tuple[Any, nn.ModuleList]:
         """Load the target and the base's MLPs on ``place``; see :meth:`ModelPair.load`."""
         config, dtype = self.config, getattr(torch, self.config.dtype)
@@ -201,7 +214,8 @@ class Sources:
                 attention=attention,
                 trust=trust,
             )
-        target = _target(config, target_config, attention, place)
+        with_mlps = target_mlps or not self.has_separate_mlps
+        target = _target(config, target_config, attention, place, with_mlps)
         paths = ARCHITECTURES[target_config.model_type]
         if self.is_own_base:
             blocks = getattr(getattr(target, paths.decoder), paths.layers)
@@ -218,7 +232,9 @@ class Sources:
         return target, base_mlps
 
 
-def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
+def _target(
+    config: PairConfig, target_config: Any, attention: str, place: torch.device, mlps: bool
+) -> Any:
     """Load the target model on ``place``; raise if a weight is missing."""
     from transformers import AutoModelForCausalLM
 
@@ -228,6 +244,9 @@ def _target(config: PairConfig, target_config: Any, attention: str, place: torch
             model = AutoModelForCausalLM.from_config(
                 target_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
             )
+        paths = ARCHITECTURES[target_config.model_type]
+        for block in () if mlps else getattr(getattr(model, paths.decoder), paths.layers):
+            setattr(block, paths.mlp, None)
         return model.eval()
     return load_causal_lm(
         config.target,
@@ -236,4 +255,5 @@ def _target(config: PairConfig, target_config: Any, attention: str, place: torch
         dtype=dtype,
         attention=attention,
         trust=trust,
+        mlps=mlps,
     )

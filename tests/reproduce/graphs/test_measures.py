@@ -70,14 +70,15 @@ def test_shares_are_parts_of_the_absolute_edges(folder: Path) -> None:
     assert features[:half].sum() >= 0.5 * features.sum() > features[: half - 1].sum()
 
 
+@pytest.mark.parametrize("stream", ["replacement", "target"])
 def test_the_command_of_effects(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stream: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "effects.json"
     arguments = ["effects", str(folder), "--places", "3", "--ablations", "6", "--out", str(out)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--stream", stream]) == 0
     result: Any = json.loads(out.read_text())
-    assert (result["places"], result["stream"]) == (3, "replacement")
+    assert (result["places"], result["stream"]) == (3, stream)
     text = capsys.readouterr().out
     for sample in result["samples"]:
         for measure in ("spearman", "pearson"):

@@ -19,7 +19,7 @@ function drawEvidence(section, { file }) {
       ["Pruned", formatPercent(flow.pruned), "of the influence"],
       ["Position 0", formatPercent(row.size ? row.first_position / row.size : 0), "of the target's edges"],
     ]),
-    el("div", { class: "cards" }, drawAccount(file, account), ...(evidence ? drawAblations(evidence) : [noAblations(file)])));
+    el("div", { class: "cards" }, drawAccount(file, account), ...(evidence ? drawAblations(evidence, file.stream) : [noAblations()])));
 }
 
 function drawAccount(file, account) {
@@ -39,23 +39,22 @@ function drawAccount(file, account) {
     list);
 }
 
-function noAblations({ stream }) {
-  const reason = stream === "ranks" ? "Ablations are not measured for rank components."
-    : "No ablations were measured (--evidence.ablations 0).";
-  return card("Ablations", "", el("p", { class: "none" }, reason));
+function noAblations() {
+  return card("Ablations", "", el("p", { class: "none" }, "No ablations were measured (--evidence.ablations 0)."));
 }
 
-function drawAblations({ samples, curve, returned }) {
+function drawAblations({ samples, curve, returned }, stream) {
+  const [unit, later] = stream === "ranks" ? ["component", "components"] : ["feature", "adapters"];
   const interval = ([middle, low, high]) => `${formatNumber(round(middle))} [${formatNumber(round(low))}, ${formatNumber(round(high))}]`;
   const rows = samples.flatMap(({ name, nodes, correlations }) => correlations.map(({ predictor, spearman, pearson }, i) =>
     [i ? "" : `${nodes.length} ${name}`, predictor, interval(spearman), interval(pearson)]));
   const shares = curve.n.map((n, i) =>
     [formatInteger(n), ...["ablated", "ablated_random", "isolated", "isolated_random"].map((name) => tenths(curve[name][i]))]);
   return [
-    card("Effects of removing one feature", "measured against predicted",
-      table(["features", "predicted by", "Spearman", "Pearson"], rows),
-      el("p", { class: "note" }, `Later adapters undo ${signedPercent(returned)} of the effects.`)),
-    card("Removing and leaving the first n features", "share of the effect of all",
+    card(`Effects of removing one ${unit}`, "measured against predicted",
+      table([`${unit}s`, "predicted by", "Spearman", "Pearson"], rows),
+      el("p", { class: "note" }, `Later ${later} undo ${signedPercent(returned)} of the effects.`)),
+    card(`Removing and leaving the first n ${unit}s`, "share of the effect of all",
       table(["n", "removed", "random", "only these", "random"], shares)),
   ];
 }
