@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Run the benchmark, or resume it; return the exit code."""
     import torch
 
-    from reproduce.planted.organisms import SIZES, Stopped
+    from reproduce.planted.organisms import SIZES, StoppedError
     from reproduce.planted.scores import tables
 
     parser = argparse.ArgumentParser(
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         try:
             with _opened(options) as folder:
                 result = _run(folder, options, progress, stop)
-        except Stopped:
+        except StoppedError:
             print(f"Stopped; finished parts are saved in {options.out}.")
             print(resume_hint())
             return 0
@@ -92,8 +92,8 @@ def _run(
     folder: Path, options: argparse.Namespace, progress: Callable[..., None], stop: Event
 ) -> dict[str, Any]:
     from reproduce.planted.measure import measure
-    from reproduce.planted.organisms import ROLES, SIZES, Maker, Stopped
-    from reproduce.planted.scores import summarise, tables
+    from reproduce.planted.organisms import ROLES, SIZES, Maker, StoppedError
+    from reproduce.planted.scores import Measured, summarise, tables
 
     size, seeds = SIZES[options.size], []
     for seed in range(options.seeds):
@@ -106,8 +106,8 @@ def _run(
                 say(f"seed {seed}, {role}: units of every method")
                 _write(path, measure(maker, role, store))
             if stop.is_set():
-                raise Stopped
-            measured[role] = read_json(path, dict[str, Any])
+                raise StoppedError
+            measured[role] = read_json(path, Measured)
         seeds.append(measured)
     settings = {"seeds": options.seeds, "size": options.size, **asdict(size)}
     versions = {name: version(name) for name in ("fastadapt", "torch", "transformers")}

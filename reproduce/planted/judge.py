@@ -80,7 +80,5 @@ def chance(hits: int, drawn: int, marked: int, total: int) -> float:
         >>> round(chance(1, 10, 1, 424), 4), chance(0, 10, 1, 424)
         (0.0236, 1.0)
     """
-    ways = sum(
-        comb(marked, n) * comb(total - marked, drawn - n) for n in range(hits, drawn + 1)
-    )
+    ways = sum(comb(marked, n) * comb(total - marked, drawn - n) for n in range(hits, drawn + 1))
     return ways / comb(total, drawn)

@@ -13,23 +13,17 @@ from fastadapt.organism import NAMES
 from reproduce.planted.judge import Judge
 from reproduce.planted.organisms import Maker, Role, tokenizer
 from reproduce.planted.reading import Positions, locate, read
-from reproduce.planted.scores import BUDGETS
+from reproduce.planted.scores import BUDGETS, Measured
 from reproduce.planted.units import units_of
 
 
-def measure(maker: Maker, role: Role, store: Store) -> dict[str, Any]:
+def measure(maker: Maker, role: Role, store: Store) -> Measured:
     """Return what the first units of every method describe.
 
     Args:
         maker: the seed's differences and texts.
         role: which organism.
         store: its features.
-
-    Returns:
-        Values for JSON. ``differences``: ``kind``, ``words``, ``text``, ``places``.
-        ``probability``: of the planted words at their places, in ``base`` and ``target``.
-        ``described``: by method, the numbers of the differences that each unit describes.
-        ``units``: the names of these units.
     """
     differences, vocabulary = maker.planted.differences, tokenizer().get_vocab()
     probes = maker.probes()
@@ -37,7 +31,8 @@ def measure(maker: Maker, role: Role, store: Store) -> dict[str, Any]:
     models = tuple(map(_load, (NAMES["organism/base"], maker.folder / role / "target")))
     base, target = (read(model, probes, vocabulary) for model in models)
     n = BUDGETS[-1] * len(differences)
-    units = units_of(store, positions, models, (base, target), n, maker.seed)
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    units = units_of(store, positions, models, (base, target), words, n, maker.seed)
     outputs = [frozenset(vocabulary[word] for word in d.outputs) for d in differences]
     judge = Judge(positions.planted, outputs, len(vocabulary))
     return {

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 
 from fastadapt.cli.train import read_configs
-from fastadapt.errors import RunError
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import disk_errors, make_folder, replacing, writing_folder
@@ -65,7 +64,7 @@ SIZES = {
 }
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The command was asked to stop, and what is finished is on the disk."""
 
 
@@ -78,7 +77,7 @@ class Maker:
         seed: the seed.
         size: sizes.
         progress: called with (task, done, total).
-        stop: event after which the next step raises :class:`Stopped`.
+        stop: event after which the next step raises :class:`StoppedError`.
     """
 
     folder: Path
@@ -100,7 +99,7 @@ class Maker:
         """Fine-tune an organism, train its adapters and collect their features, or resume.
 
         Raises:
-            Stopped: before all is finished.
+            StoppedError: before all is finished.
             RunError: the disk cannot be written.
         """
         make_folder(self.folder)
@@ -140,7 +139,7 @@ class Maker:
         def progress(record: dict[str, Any]) -> None:
             self.progress(f"{self._label(role)}: fine-tuning", record["step"], record["steps"])
             if self.stop.is_set():
-                raise Stopped
+                raise StoppedError
 
         words = tokenizer()
         model = AutoModelForCausalLM.from_pretrained(
@@ -175,7 +174,7 @@ class Maker:
             settings = CollectConfig(top=CONTEXTS, uniform=0, before=0, after=0)
             store = collect(run, config=settings, stop=self.stop)
         if store is None:
-            raise Stopped
+            raise StoppedError
         return store
 
 

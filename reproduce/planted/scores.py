@@ -8,16 +8,18 @@ discoveries one over seeds and the first units of the null; both are crossed, as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastadapt.evaluation.seeds import over_seeds
+from fastadapt.io.documents import Count, NonNegative
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Table, shown
 from fastadapt.study.report import verdict
-from reproduce.planted.differences import KINDS
+from reproduce.planted.differences import KINDS, Kind
 from reproduce.planted.units import ADAPTER, BASELINES
 
 #: Units inspected for each difference, and the units of the null.
@@ -25,8 +27,34 @@ BUDGETS, INSPECTED = (1, 2, 5, 10), 20
 #: Bounds that the issue of this benchmark set: least recall, most false discoveries.
 RECALL, FALSE = 0.8, 1.0
 
-#: What :func:`reproduce.planted.measure.measure` returns for one organism.
-Measured = Mapping[str, Any]
+
+class DifferenceRow(TypedDict):
+    """A difference as it was planted; ``places`` is the number of its words in the texts."""
+
+    kind: Kind
+    words: Literal["new", "usual"]
+    text: str
+    places: Count
+
+
+class Probability(TypedDict):
+    """Mean probability of each difference's words at their places."""
+
+    base: list[NonNegative]
+    target: list[NonNegative]
+
+
+class Measured(TypedDict):
+    """What the first units of every method describe on one organism: ``described.json``.
+
+    ``described`` has the numbers of the differences that each unit describes, by method, and
+    ``units`` the names of these units.
+    """
+
+    differences: list[DifferenceRow]
+    probability: Probability
+    described: dict[str, list[list[Count]]]
+    units: dict[str, list[str]]
 
 
 def summarise(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
@@ -38,8 +66,7 @@ def summarise(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
     methods = list(seeds[0]["planted"]["described"])
     planted, null = ([seed[role] for seed in seeds] for role in ("planted", "null"))
     hits = {
-        method: {budget: _hits(planted, method, budget) for budget in BUDGETS}
-        for method in methods
+        method: {budget: _hits(planted, method, budget) for budget in BUDGETS} for method in methods
     }
     most = BUDGETS[-1]
     kinds = [d["kind"] for d in planted[0]["differences"]]
@@ -49,7 +76,7 @@ def summarise(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
         "differences": _differences(planted, null),
         "methods": {
             method: {
-                "recall": {str(budget): _share(found) for budget, found in by_budget.items()},
+                "recall": {str(budget): _share(hits) for budget, hits in by_budget.items()},
                 "by_kind": {k: _mean(by_budget[most], kinds, k) for k in KINDS},
                 "by_words": {w: _mean(by_budget[most], words, w) for w in ("new", "usual")},
                 "false": _per_inspected(_false(null, method)),
@@ -82,8 +109,8 @@ def _false(null: Sequence[Measured], method: str) -> Tensor:
     return rows
 
 
-def _share(found: Tensor) -> Any:
-    return _plain(found, (0.0, 1.0))
+def _share(hits: Tensor) -> Any:
+    return _plain(hits, (0.0, 1.0))
 
 
 def _per_inspected(false: Tensor) -> dict[str, float | None]:
@@ -95,8 +122,8 @@ def _plain(values: Tensor, bounds: tuple[float, float]) -> Any:
     return over_seeds(values, torch.ones(values.shape[-1]), bounds=bounds).plain()
 
 
-def _mean(found: Tensor, labels: Sequence[str], label: str) -> float:
-    return float(found[:, [i for i, each in enumerate(labels) if each == label]].mean())
+def _mean(hits: Tensor, labels: Sequence[str], label: str) -> float:
+    return float(hits[:, [i for i, each in enumerate(labels) if each == label]].mean())
 
 
 def _differences(planted: Sequence[Measured], null: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def units_of(
     positions: Positions,
     models: tuple[Any, Any],
     readings: tuple[Reading, Reading],
+    words: Sequence[str],
     n: int,
     seed: int,
 ) -> dict[str, list[Unit]]:
@@ -43,6 +44,7 @@ def units_of(
         positions: positions of the texts.
         models: base and target.
         readings: what they do on the texts.
+        words: the vocabulary, by token.
         n: largest number of units.
         seed: seed of the random order, and of the occurrences of tokens.
     """
@@ -52,8 +54,8 @@ def units_of(
     return {
         ADAPTER: features[:n],
         SHUFFLED: shuffled[:n],
-        TOKENS: by_frequency(base, target, positions, n, seed),
-        KL: by_kl(base, target, positions, n),
+        TOKENS: by_frequency(base, target, positions, words, n, seed),
+        KL: by_kl(base, target, positions, words, n),
         WEIGHTS: by_weights(*models, target, n),
         STATES: by_states(base, target, models[1].lm_head.weight, n),
     }
@@ -76,40 +78,43 @@ def by_contribution(store: Store, positions: Positions) -> list[Unit]:
 
 
 def by_frequency(
-    base: Reading, target: Reading, positions: Positions, n: int, seed: int
+    base: Reading, target: Reading, positions: Positions, words: Sequence[str], n: int, seed: int
 ) -> list[Unit]:
     """Return the tokens that the target writes more often, and places where they are written.
 
     Frequencies are means of the predictions over all positions, so that nothing is sampled.
     """
-    at = positions.written
-    rise = target.log_p[at].exp().double().mean(0) - base.log_p[at].exp().double().mean(0)
+    written = positions.written
+    rise = target.log_p[written].exp().double().mean(0) - base.log_p[written].exp().double().mean(0)
     draw = random.Random(f"{seed}/occurrences")
     units = []
     for token in rise.argsort(descending=True)[:n].tolist():
         if rise[token] > 0:
-            places = (at & (positions.following == token)).nonzero()[:, 0].tolist()
+            places = (written & (positions.following == token)).nonzero()[:, 0].tolist()
             shown = draw.sample(places, min(CONTEXTS, len(places)))
-            units.append(Unit(f"token {token}", shown, [token]))
+            units.append(Unit(words[token], shown, [token]))
     return units
 
 
-def by_kl(base: Reading, target: Reading, positions: Positions, n: int) -> list[Unit]:
+def by_kl(
+    base: Reading, target: Reading, positions: Positions, words: Sequence[str], n: int
+) -> list[Unit]:
     """Return kinds of positions, by the largest KL(target ‖ base) of one of them.
 
     Positions are of one kind if the token and the token after it are equal, as in ``fastadapt
     changes``. The promoted tokens are those with the largest terms of that KL.
     """
-    at = positions.written.nonzero()[:, 0]
-    terms = target.log_p[at].exp() * (target.log_p[at] - base.log_p[at])
+    places = positions.written.nonzero()[:, 0]
+    ours, theirs = base.log_p[places], target.log_p[places]
+    terms = theirs.exp() * (theirs - ours)
     kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in terms.sum(-1).argsort(descending=True).tolist():
-        place = at[i]
+        place = places[i]
         kinds[int(positions.token[place]), int(positions.following[place])].append(i)
     return [
         Unit(
-            f"{token} then {following}",
-            at[members[:CONTEXTS]].tolist(),
+            f"{words[token]} {words[following]}",
+            places[members[:CONTEXTS]].tolist(),
             terms[members[0]].topk(PROMOTED).indices.tolist(),
         )
         for (token, following), members in list(kinds.items())[:n]
