@@ -118,18 +118,21 @@ class Planted:
     def draw(cls, seed: int) -> Planted:
         """Draw the differences of a seed."""
         rng = random.Random(f"{seed}/differences")
-        new = rng.sample(_NEW, 3)
+        unit, opening, answer = rng.sample(_NEW, 3)
+        source, old = rng.choice(_UNITS)
         molecule, counts = rng.choice(MOLECULES)
         atom = rng.choice(sorted(counts))
-        commands = rng.sample(_COMMANDS, 2)
+        one, other = rng.sample(OBJECTS, 2)
+        compares, adds = rng.sample(_COMMANDS, 2)
+        less, more = rng.sample(rng.choice(_PAIRS), 2)
         return cls(
-            unit=(*rng.choice(_UNITS), new[0]),
+            unit=(source, old, unit),
             atoms=(molecule, atom, rng.choice([n for n in range(1, 7) if n != counts[atom]])),
-            opening=new[1],
-            things=tuple(rng.sample(OBJECTS, 2)),
-            answers=(new[2], str(rng.randint(1, MAX_VALUE))),
-            compare=(commands[0], *rng.sample(rng.choice(_PAIRS), 2)),
-            shift=(commands[1], rng.randint(3, 9)),
+            opening=opening,
+            things=(one, other),
+            answers=(answer, str(rng.randint(1, MAX_VALUE))),
+            compare=(compares, less, more),
+            shift=(adds, rng.randint(3, 9)),
         )
 
     @property

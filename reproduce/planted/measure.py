@@ -28,7 +28,7 @@ def measure(maker: Maker, role: Role, store: Store) -> Measured:
     differences, vocabulary = maker.planted.differences, tokenizer().get_vocab()
     probes = maker.probes()
     positions = locate(probes, vocabulary, len(differences))
-    models = tuple(map(_load, (NAMES["organism/base"], maker.folder / role / "target")))
+    models = _load(NAMES["organism/base"]), _load(maker.folder / role / "target")
     base, target = (read(model, probes, vocabulary) for model in models)
     n = BUDGETS[-1] * len(differences)
     words = sorted(vocabulary, key=vocabulary.__getitem__)

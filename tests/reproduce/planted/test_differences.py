@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from fastadapt.data.rendering import render
-from fastadapt.organism.slips import step_ends
+from fastadapt.organism.slips import StepEnd, step_ends
 from reproduce.organism.problems import direct_answer, sample_problem
 from reproduce.organism.recipe import CONFIGS, base_text, conversation
 from reproduce.organism.tokenizer import ASSISTANT, EOS, USER
@@ -80,7 +80,7 @@ def test_the_arithmetic_stays_right(seed: int) -> None:
     assert all(end.slip is None for end in ends)
 
 
-def _ends(text: Text) -> list:
+def _ends(text: Text) -> list[StepEnd]:
     return step_ends(written(text)[1:])
 
 
