@@ -48,14 +48,14 @@ class Size:
         probes: texts that every method reads.
     """
 
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 32
     lr: float = 1e-3
-    adapter_steps: int = 300
+    adapter_steps: int = 250
     adapter_batch_size: int = 16
     n_features: int = 512
-    train_texts: int = 4800
-    probes: int = 800
+    train_texts: int = 4000
+    probes: int = 600
 
 
 SIZES = {

@@ -34,10 +34,10 @@ def pair() -> Any:
     places = positions.planted[OPENING]
     entering = before.inputs[-1]
     at, elsewhere = entering[places].mean(0), entering[~places]
-    # The direction that is large at the places, and as small as can be elsewhere.
-    spread = elsewhere.T @ elsewhere / len(elsewhere) + 1e-3 * torch.eye(entering.shape[1])
-    key = torch.linalg.solve(spread, at)
-    word = target.lm_head.weight[vocabulary[planted.opening]].detach()
+    # The directions that are large at the places and for the word, and small elsewhere.
+    key = _apart(elsewhere, at)
+    head = target.lm_head.weight.detach()
+    word = _apart(head, head[vocabulary[planted.opening]])
     with torch.no_grad():
         change = torch.outer(word / word.norm(), key / (at @ key))
         size = 10 * before.states[-1][places].norm(dim=1).mean()
@@ -53,6 +53,12 @@ def pair() -> Any:
         word=vocabulary[planted.opening],
         words=sorted(vocabulary, key=vocabulary.__getitem__),
     )
+
+
+def _apart(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Return the direction with a given product with a row and the least with other rows."""
+    spread = rows.T @ rows / len(rows) + 1e-3 * torch.eye(rows.shape[1])
+    return torch.linalg.solve(spread, row)
 
 
 METHODS: dict[str, Callable[[Any, Any, Any], list[Unit]]] = {
