@@ -147,7 +147,7 @@ def by_states(base: Reading, target: Reading, head: Tensor, n: int) -> list[Unit
         change = theirs - ours
         change = change - change.mean(0)
         _, axes = torch.linalg.eigh(change.T @ change)
-        along = change @ axes / change.norm()
+        along = change @ axes / change.norm().clamp(min=1e-9)  # equal states have no size
         sized += _directions(f"layer {i} component", along, axes.T, head, _sum_of_squares)
     return _largest(sized, n)
 
