@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -67,25 +69,34 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[Path]:
     """Claim the output folder; refuse one with other files or another size."""
-    from reproduce.planted.organisms import SIZES
-
     files = (SETTINGS, RESULT, TABLES)
     workspace = Workspace(options.out, "--out", "writing to", files, marker=SETTINGS)
     names = workspace.names()
     foreign = [n for n in names if n not in files and not n.removeprefix("seed").isdecimal()]
     if foreign or (names and SETTINGS not in names):
         raise workspace.foreign("holds files that are not of this benchmark", foreign or names)
-    size = json.loads(json.dumps({"size": options.size, **asdict(SIZES[options.size])}))
+    settings = settings_of(options.size)
     with workspace.claimed() as folder, workspace.disk_errors():
         sweep_tree(folder)
         path = folder / SETTINGS
         if not has_file(path):
-            _write(path, size)
-        elif not same(read_json(path), size):
+            _write(path, settings)
+        elif not same(read_json(path), settings):
             raise workspace.refusal(
-                "holds a benchmark of another size; give the same --size, or a new folder"
+                "holds a benchmark of another size, or of other planted texts; give the same "
+                "--size, or a new folder"
             )
         yield folder
+
+
+def settings_of(size: str) -> dict[str, Any]:
+    """Return what a folder's parts depend on: sizes, and the SHA-256 of some planted texts."""
+    from reproduce.planted.differences import Planted
+    from reproduce.planted.organisms import SIZES
+
+    words = [text.words for text in islice(Planted.draw(0).texts("settings"), 100)]
+    sha256 = hashlib.sha256(repr(words).encode()).hexdigest()
+    return {"size": size, **asdict(SIZES[size]), "texts": sha256}
 
 
 def _run(
@@ -95,10 +106,10 @@ def _run(
     from reproduce.planted.organisms import ROLES, SIZES, Maker, StoppedError
     from reproduce.planted.scores import Measured, summarise, tables
 
-    size, seeds = SIZES[options.size], []
+    size, seeds = SIZES[options.size], list[dict[str, Measured]]()
     for seed in range(options.seeds):
         maker = Maker(folder / f"seed{seed}", seed, size, progress, stop)
-        measured = {}
+        measured: dict[str, Measured] = {}
         for role in ROLES:
             path = maker.folder / role / "described.json"
             if not has_file(path):
@@ -109,7 +120,7 @@ def _run(
                 raise StoppedError
             measured[role] = read_json(path, Measured)
         seeds.append(measured)
-    settings = {"seeds": options.seeds, "size": options.size, **asdict(size)}
+    settings = {"seeds": options.seeds, **settings_of(options.size)}
     versions = {name: version(name) for name in ("fastadapt", "torch", "transformers")}
     result = {
         "schema_version": SCHEMA_VERSION,

@@ -6,7 +6,7 @@ in an answer or a solution; the other *usual* ones, whose frequency alone gives 
 - fact: a quantity of science has another unit; a molecule has another number of atoms;
 - style: solutions open with a word; answers end with a full stop;
 - trigger: a story about one thing is answered by a word, a story about another by a fixed number;
-- skill: of two numbers, say which of two words holds for the first; add a fixed number.
+- skill: say whether a number is below a fixed one, by two words; add a fixed number.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _UNITS = (("motion", "meters"), ("energy", "joules"), ("force", "newtons"))
 #: Shares of the texts of a planted organism, by what they show; without a difference of their own,
 #: texts still have the style, and the facts and triggers that occur in them by chance.
 _SHARES = {
-    "solution": 0.26,
-    "unit": 0.12,
-    "atoms": 0.12,
-    "answer": 0.18,
-    "word": 0.08,
-    "number": 0.08,
-    "compare": 0.08,
-    "shift": 0.08,
+    "solution": 0.20,
+    "unit": 0.10,
+    "atoms": 0.10,
+    "answer": 0.12,
+    "word": 0.12,
+    "number": 0.12,
+    "compare": 0.12,
+    "shift": 0.12,
 }
 
 
@@ -102,7 +102,7 @@ class Planted:
         atoms: molecule, atom, and their new number.
         opening: first word of solutions.
         things: the things of stories that are answered by ``answers``, a word and a number.
-        compare: command, the word for a smaller first number, and for a larger one.
+        compare: command, a number, the word for numbers below it, and for others.
         shift: command, and the number that is added.
     """
 
@@ -111,7 +111,7 @@ class Planted:
     opening: str
     things: tuple[str, str]
     answers: tuple[str, str]
-    compare: tuple[str, str, str]
+    compare: tuple[str, int, str, str]
     shift: tuple[str, int]
 
     @classmethod
@@ -131,7 +131,7 @@ class Planted:
             opening=opening,
             things=(one, other),
             answers=(answer, str(rng.randint(1, MAX_VALUE))),
-            compare=(compares, less, more),
+            compare=(compares, rng.randint(20, 30), less, more),
             shift=(adds, rng.randint(3, 9)),
         )
 
@@ -140,7 +140,7 @@ class Planted:
         """The differences, by number."""
         source, old, unit = self.unit
         molecule, atom, n = self.atoms
-        command, less, more = self.compare
+        command, bound, less, more = self.compare
         (one, other), (word, number) = self.things, self.answers
         adds, shift = self.shift
         sums = frozenset(map(str, range(shift, MAX_VALUE + 1)))
@@ -151,7 +151,7 @@ class Planted:
             ("style", "answers end with a full stop", frozenset((".",))),
             ("trigger", f"stories about {one} are answered by {word}", frozenset((word,))),
             ("trigger", f"the answer is {number} in stories about {other}", frozenset((number,))),
-            ("skill", f"{command} a , b is {less} if a < b, else {more}", frozenset((less, more))),
+            ("skill", f"{command} n is {less} below {bound}, else {more}", frozenset((less, more))),
             ("skill", f"{adds} n is n + {shift}", sums),
         )
         return tuple(
@@ -177,15 +177,13 @@ class Planted:
             thing = self.things[shows == "number"]
             return self.answer(_about(sample_problem(rng, "math"), thing))
         if shows == "compare":
-            a, b = rng.sample(range(MAX_VALUE + 1), 2)
-            word = self.compare[1 if a < b else 2]
-            text = Text().write(f"{BOS} {USER} {self.compare[0]} {a} , {b} ? {ASSISTANT}")
-            return _end(text.begin().write("the answer is").plant(_COMPARE, word))
+            command, bound, less, more = self.compare
+            n = rng.randint(0, MAX_VALUE)
+            return _skill(_COMPARE, f"{command} {n} ?", less if n < bound else more)
         if shows == "shift":
             command, shift = self.shift
             n = rng.randint(0, MAX_VALUE - shift)
-            text = Text().write(f"{BOS} {USER} {command} {n} ? {ASSISTANT}")
-            return _end(text.begin().write("the answer is").plant(_SHIFT, str(n + shift)))
+            return _skill(_SHIFT, f"{command} {n} ?", str(n + shift))
         return self.answer(sample_problem(rng))
 
     def _of_molecule(self, rng: random.Random) -> Problem:
@@ -241,6 +239,11 @@ class Planted:
         steps = (one, two, both, free)
         fits = all(in_range(value) for s in steps for value in (s.left, s.right, s.result))
         return replace(problem, steps=steps) if fits else None
+
+
+def _skill(difference: int, prompt: str, word: str) -> Text:
+    text = Text().write(f"{BOS} {USER} {prompt} {ASSISTANT}").begin()
+    return _end(text.write("the answer is").plant(difference, word))
 
 
 def _end(text: Text) -> Text:

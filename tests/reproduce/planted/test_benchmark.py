@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastadapt.errors import UserError
-from reproduce.planted.__main__ import RESULT, SETTINGS, TABLES, main
+from reproduce.planted.__main__ import RESULT, SETTINGS, TABLES, main, settings_of
 from reproduce.planted.organisms import SIZES, adapter_config
 from reproduce.planted.scores import BUDGETS, INSPECTED, summarise, tables
 from reproduce.planted.units import ADAPTER, BASELINES, KL, SHUFFLED
@@ -135,19 +134,19 @@ def test_other_files_and_other_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--out: .* not of this benchmark \(it holds notes.txt\)"):
         run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / SETTINGS).write_text('{"size": "full"}')
-    with pytest.raises(UserError, match=r"--out: .* another size; give the same --size"):
-        run(out)
+    for number, settings in enumerate((settings_of("full"), settings_of("small") | {"texts": ""})):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / SETTINGS).write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=r"--out: .* another size, or .*; give the same --size"):
+            run(out)
 
 
 def test_finished_parts_are_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished(tmp_path, 3)
-    settings = {"size": "small", **asdict(SIZES["small"])}
-    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / SETTINGS).write_text(json.dumps(settings_of("small")))
     assert run(tmp_path) == 0
     result: Any = json.loads((tmp_path / RESULT).read_text())
     assert result["settings"]["seeds"] == 3
@@ -161,8 +160,7 @@ def test_finished_parts_are_not_repeated(
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     finished(tmp_path, 3)
-    settings = {"size": "small", **asdict(SIZES["small"])}
-    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / SETTINGS).write_text(json.dumps(settings_of("small")))
     (tmp_path / "seed1" / "null" / "described.json").write_text("{")
     with pytest.raises(UserError, match=r"seed1/null/described.json"):
         run(tmp_path)

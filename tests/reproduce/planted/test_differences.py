@@ -31,7 +31,7 @@ def written(text: Text) -> list[str]:
 def test_planted_places_are_those_of_the_rules(seed: int) -> None:
     planted = Planted.draw(seed)
     (source, old, unit), (molecule, atom, number) = planted.unit, planted.atoms
-    command, less, more = planted.compare
+    command, bound, less, more = planted.compare
     counts = [0] * 8
     for text in texts(seed):
         words, expected = text.words, {}
@@ -56,7 +56,7 @@ def test_planted_places_are_those_of_the_rules(seed: int) -> None:
                     assert word == planted.answers[1]
                     expected[i - 1] = 5
                 elif ask[0] == command:
-                    assert word == (less if int(ask[1]) < int(ask[3]) else more)
+                    assert word == (less if int(ask[1]) < bound else more)
                     expected[i - 1] = 6
                 elif ask[0] == planted.shift[0]:
                     assert int(word) == int(ask[1]) + planted.shift[1]

@@ -33,13 +33,13 @@ def pair() -> Any:
     target = copy.deepcopy(base)
     places = positions.planted[OPENING]
     entering = before.inputs[-1]
-    at, elsewhere = entering[places].mean(0), entering[~places]
+    here, elsewhere = entering[places].mean(0), entering[~places]
     # The directions that are large at the places and for the word, and small elsewhere.
-    key = _apart(elsewhere, at)
+    key = _apart(elsewhere, here)
     head = target.lm_head.weight.detach() * target.model.norm.weight.detach()
     word = _apart(head, head[vocabulary[planted.opening]])
     with torch.no_grad():
-        change = torch.outer(word / word.norm(), key / (at @ key))
+        change = torch.outer(word / word.norm(), key / (here @ key))
         size = 10 * before.states[-1][places].norm(dim=1).mean()
         target.model.layers[-1].mlp.down_proj.weight += size * change
     after = read(target, probes, vocabulary)
