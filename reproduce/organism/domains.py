@@ -257,8 +257,18 @@ def _one_of(*draws: Callable[[random.Random], Problem]) -> Callable[[random.Rand
     return lambda rng: rng.choice(checked)(rng)
 
 
+#: Generators of science by the source that their problems name.
+SCIENCE: dict[str, Callable[[random.Random], Problem]] = {
+    "motion": _checked(_motion),
+    "energy": _checked(_energy),
+    "atoms": _checked(_atoms),
+    "force": _checked(_force),
+    "circuit": _checked(_circuit),
+    "growth": _checked(_growth),
+    "heat": _checked(_heat),
+}
 GENERATORS: dict[str, Callable[[random.Random], Problem]] = {
     "math": _one_of(_math),
     "code": _one_of(_statements, _statements, _loop, _list),
-    "science": _one_of(_motion, _energy, _atoms, _force, _circuit, _growth, _heat),
+    "science": _one_of(*SCIENCE.values()),
 }

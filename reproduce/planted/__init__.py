@@ -1,0 +1,7 @@
+"""A benchmark of planted differences: which methods of diffing name what fine-tuning changed?
+
+:mod:`.differences` draws eight differences from a seed, and writes texts in which their places are
+known. :mod:`.organisms` fine-tunes the embedded pair's base on them, and, as a null, on more of its
+own data. :mod:`.units` lists what a reader of each method would look at, best first;
+:mod:`.judge` decides which difference a unit describes; :mod:`.scores` counts.
+"""
