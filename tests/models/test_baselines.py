@@ -450,7 +450,9 @@ def test_weights_of_another_model_are_refused(make_pair: Callable[..., Any]) -> 
             ReplacementModel(pair, given)
         ReplacementModel.create(pair, kind)  # the pair is as it was
     given = fresh(make_pair("qwen2"), "lora").adapters
-    with pytest.raises(UserError, match=r"lora of layer 0: gate_\w+\.weight\.lora_A: expected none"):
+    with pytest.raises(
+        UserError, match=r"lora of layer 0: gate_\w+\.weight\.lora_A: expected none"
+    ):
         ReplacementModel(make_pair("phi3"), given)
     mixed = fresh(make_pair("qwen2"), "mlp").adapters
     mixed[1] = fresh(make_pair("qwen2"), "norms").adapters[1]
