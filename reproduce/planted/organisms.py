@@ -130,6 +130,7 @@ class Maker:
         from transformers import AutoModelForCausalLM
 
         size, stream = self.size, f"{self.seed}/{role}/fine-tuning"
+        pairs: Iterator[tuple[str, str]]
         if role == "planted":
             texts = (" ".join(text.words) for text in self.planted.texts(stream))
             pairs = (("", text) for text in texts)
@@ -142,7 +143,7 @@ class Maker:
                 raise StoppedError
 
         words = tokenizer()
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             NAMES["organism/base"], trust_remote_code=False, dtype=torch.float32
         )
         train_phase(

@@ -25,7 +25,7 @@ KINDS = ("fact", "style", "trigger", "skill")
 
 def organism(**described: list[list[int]]) -> dict[str, Any]:
     """Return what was measured of one organism, in which methods describe nothing but this."""
-    methods = {
+    methods: dict[str, list[list[int]]] = {
         name: [[] for _ in range(K * BUDGETS[-1])] for name in (ADAPTER, SHUFFLED, *BASELINES)
     }
     return {

@@ -62,10 +62,10 @@ def _apart(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 METHODS: dict[str, Callable[[Any, Any, Any], list[Unit]]] = {
-    "tokens": lambda p, models, readings: by_frequency(*readings, p.positions, p.words, N, SEED),
-    "kl": lambda p, models, readings: by_kl(*readings, p.positions, p.words, N),
-    "weights": lambda p, models, readings: by_weights(*models, readings[1], N),
-    "states": lambda p, models, readings: by_states(*readings, models[1].lm_head.weight, N),
+    "tokens": lambda p, _, r: by_frequency(r[0], r[1], p.positions, p.words, N, SEED),
+    "kl": lambda p, _, r: by_kl(r[0], r[1], p.positions, p.words, N),
+    "weights": lambda _, models, r: by_weights(models[0], models[1], r[1], N),
+    "states": lambda _, models, r: by_states(r[0], r[1], models[1].lm_head.weight, N),
 }
 
 
