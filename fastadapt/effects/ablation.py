@@ -31,6 +31,8 @@ from fastadapt.io.parquet import open_parquet
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.models.replacement import ReplacementModel
 
+_EVERY = slice(None)
+
 
 class AblatedText:
     """A text read by target and replacement, to be read again without features or layers.
@@ -65,7 +67,8 @@ class AblatedText:
             for token, feature in pairs:
                 self.firing[token].add((layer, feature))
         self._teacher = model.final_norm(target, "target")[0]
-        self.kl = self._kl(self._states.pop())
+        self._final = self._states.pop()
+        self.kl = self._kl(self._final)
 
     @property
     def pairs(self) -> set[Pair]:
@@ -73,14 +76,17 @@ class AblatedText:
         return set().union(*self.firing)
 
     @torch.no_grad()
-    def without(self, pairs: Iterable[Pair]) -> Tensor:
-        """Return KL(target ‖ replacement without these features) per token, as :attr:`kl`."""
+    def without(self, pairs: Iterable[Pair], tokens: slice = _EVERY) -> Tensor:
+        """Return KL(target ‖ replacement without these features) after each of ``tokens``.
+
+        The features are removed at all tokens. Fewer ``tokens`` spare the products with the head.
+        """
         removed = self.pairs & set(pairs)
         if not removed:
-            return self.kl
+            return self.kl if tokens is _EVERY else self._kl(self._final, tokens=tokens)
         first = min(layer for layer, _ in removed)
         with scale_features(self._model, dict.fromkeys(removed, 0.0)):
-            return self._kl(self._read(first, self._states[first]))
+            return self._kl(self._read(first, self._states[first]), tokens=tokens)
 
     @torch.no_grad()
     def without_layer(self, layer: int) -> Tensor:
@@ -103,10 +109,10 @@ class AblatedText:
             state, _ = self._model.block(layer, state, arguments, "replacement")
         return state
 
-    def _kl(self, state: Tensor, mode: str = "replacement") -> Tensor:
-        final = self._model.final_norm(state, mode)[0]  # type: ignore[arg-type]
-        model = self._model
-        kl = linear_kl(self._teacher, [final], model.head, softcap=model.softcap).token_kl[0]
+    def _kl(self, state: Tensor, mode: str = "replacement", tokens: slice = _EVERY) -> Tensor:
+        final = self._model.final_norm(state[:, tokens], mode)[0]  # type: ignore[arg-type]
+        model, teacher = self._model, self._teacher[tokens]
+        kl = linear_kl(teacher, [final], model.head, softcap=model.softcap).token_kl[0]
         if not kl.isfinite().all():
             raise RunError("a prediction is not finite; pass --dtype float32")
         return kl

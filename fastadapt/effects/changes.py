@@ -194,10 +194,11 @@ def _disagreement(run: LoadedRun, text: Text, place: _Place, count: int) -> dict
     ids = ids[: t + 1]
     read = AblatedText(run.model, ids)
     firing = [f.pair for f in firings(run, ids)[t]]
-    whole = float(read.kl[t])
-    rises = [(float(read.without([pair])[t]) - whole, pair) for pair in firing[:_CANDIDATES]]
+    last = slice(t, t + 1)
+    whole = float(read.without([], last))
+    rises = [(float(read.without([pair], last)) - whole, pair) for pair in firing[:_CANDIDATES]]
     closing = sorted(rises, reverse=True)[:_CLOSING]
-    together = float(read.without(firing)[t]) - whole
+    together = float(read.without(firing, last)) - whole
     promoted = promotes(run, [pair for _, pair in closing], n=1)
     likely = {name: _likely(run, name, ids) for name in ("target", "hybrid", ADAPTER)}
     start = max(0, t - _BEFORE)

@@ -48,6 +48,8 @@ def test_the_divergence_without_features_is_that_of_zeroed_rows(
             adapters[layer].W_dec[feature] = 0
         expected = kl_of(models_by_hand(tiny_run, adapters))
         torch.testing.assert_close(text.without(pairs), expected, rtol=0, atol=1e-10)
+        one = text.without(pairs, slice(3, 4))
+        torch.testing.assert_close(one, expected[3:4], rtol=0, atol=1e-10)
         moved += bool((expected - whole).abs().max() > 1e-3)
     assert moved > len(requests) / 2  # features without an effect would show nothing
     torch.testing.assert_close(text.kl, whole, rtol=0, atol=1e-10)
@@ -74,6 +76,7 @@ def test_a_feature_that_is_silent_changes_nothing(tiny_run: TinyRun) -> None:
     silent = every - text.pairs
     assert silent
     assert text.without(silent) is text.kl
+    torch.testing.assert_close(text.without(silent, slice(2, 3)), text.kl[2:3])
     with pytest.raises(AssertionError):
         torch.testing.assert_close(text.without(every), text.kl)
     fired = {
