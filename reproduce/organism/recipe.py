@@ -79,8 +79,8 @@ CONFIGS = {
         autocast=False,
         attention="sdpa",
         stored=torch.bfloat16,
-        base=PhaseConfig(steps=1100, lr=3e-3, batch_size=8),
-        target=PhaseConfig(steps=1000, lr=2e-3, batch_size=8, stop_weight=8.0),
+        base=PhaseConfig(steps=4500, lr=3e-3, batch_size=8),
+        target=PhaseConfig(steps=3500, lr=2e-3, batch_size=8, stop_weight=8.0),
     ),
 }
 
