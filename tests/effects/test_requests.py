@@ -69,10 +69,12 @@ def test_special_tokens_in_a_prompt_are_read_as_in_training(
     open_run: Callable[..., ModelSet], markers: str
 ) -> None:
     run = open_run(family="qwen", markers=markers)
-    asked, said = prompt_ids(run, ASKED), response_ids(run, SAID)
+    prompt, response = prompt_ids(run, ASKED), response_ids(run, SAID)
     end = run.tokenizer("<|im_end|>\n")["input_ids"]
-    assert asked + said + end == training_ids(run.tokenizer, family="qwen", markers=markers)
-    counts = [(asked + said).count(run.tokenizer.convert_tokens_to_ids(each)) for each in MARKERS]
+    assert prompt + response + end == training_ids(run.tokenizer, family="qwen", markers=markers)
+    counts = [
+        (prompt + response).count(run.tokenizer.convert_tokens_to_ids(each)) for each in MARKERS
+    ]
     assert counts == ([2, 1] if markers == "text" else [3, 2])
 
 
@@ -100,5 +102,5 @@ def test_an_empty_prompt_is_refused_by_name(
 ) -> None:
     run = open_run(family=family)
     for prompt in ("", *(() if plain else (" \n",))):
-        with pytest.raises(UserError, match="^prompt: expected a text, got none$"):
+        with pytest.raises(UserError, match=r"^prompt: expected a text, got none$"):
             prompt_ids(run, prompt, plain=plain)

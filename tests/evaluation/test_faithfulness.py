@@ -119,15 +119,15 @@ def test_equal_predictions_have_no_error(make_pair: Callable[..., Any]) -> None:
     for ours, theirs in zip(pair.target_mlps, pair.base_mlps, strict=True):
         theirs.load_state_dict(ours.state_dict())
     model = ReplacementModel.create(pair, AdapterConfig(24))
-    some = [of_lengths(*lengths) for lengths in LENGTHS]
-    sums = [token_weights(batch).predictions.sum().item() for batch in some]
+    several = [of_lengths(*lengths) for lengths in LENGTHS]
+    sums = [token_weights(batch).predictions.sum().item() for batch in several]
     assert any(total != 1 for total in sums)  # 1 - the sum of agreeing weights would not be 0
-    for batch in some:
+    for batch in several:
         metrics = objective(model, batch, 1, ObjectiveConfig()).metrics
         got = evaluate(model, [batch])
         errors = (metrics["top1_error"], got["top1_error_hybrid"], got["top1_error_adapter"])
         assert errors == (0, 0, 0)
-    got = evaluate(model, some)
+    got = evaluate(model, several)
     assert (got["top1_error_hybrid"], got["top1_error_adapter"]) == (0, 0)
 
 
