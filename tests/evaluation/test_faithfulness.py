@@ -125,7 +125,7 @@ def test_equal_predictions_have_no_error(make_pair: Callable[..., Any]) -> None:
     for batch in several:
         metrics = objective(model, batch, 1, ObjectiveConfig()).metrics
         got = evaluate(model, [batch])
-        errors = (metrics["top1_error"], got["top1_error_hybrid"], got["top1_error_adapter"])
+        errors = (metrics["top1_error"].item(), got["top1_error_hybrid"], got["top1_error_adapter"])
         assert errors == (0, 0, 0)
     got = evaluate(model, several)
     assert (got["top1_error_hybrid"], got["top1_error_adapter"]) == (0, 0)

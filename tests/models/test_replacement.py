@@ -376,7 +376,7 @@ def test_a_file_is_no_model(
     """The hub is not asked, although the name fits a hub id."""
     monkeypatch.chdir(tmp_path)
     Path(file).write_bytes(b"GGUF")
-    models = {"target": save_model("target", 0), "base": save_model("base", 1)}
+    models: dict[str, Any] = {"target": save_model("target", 0), "base": save_model("base", 1)}
     for name in (file, f"./{file}", str(tmp_path / file)):
         for role in ("target", "base", "tokenizer"):
             what = "tokenizer" if role == "tokenizer" else "model"
