@@ -116,20 +116,59 @@ def token_weights(batch: Batch, dtype: torch.dtype = torch.float32) -> TokenWeig
         tensor([[0.2500, 0.2500, 0.0000],
                 [0.5000, 0.0000, 0.0000]])
     """
+
+    def per_sequence(counted: Tensor) -> Tensor:
+        totals = _counts(batch, counted)
+        n = totals[:, None] if batch.packing is None else totals[batch.packing.texts]
+        n_sequences = (totals > 0).sum()
+        return counted.to(dtype) / (n.clamp(min=1) * n_sequences.clamp(min=1))
+
+    return TokenWeights(per_sequence(batch.real), per_sequence(_predicts(batch)))
+
+
+def mean_share(batch: Batch, hits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the share of a sequence's predictions that are hits, averaged over the sequences.
+
+    The average is that of :attr:`TokenWeights.predictions`. It is computed from counts, so that it
+    is exactly 0 without a hit, and exactly 1 if all predictions are hits.
+
+    Args:
+        batch: the batch.
+        hits: bool ``[B, T]``. Positions that predict no token do not count.
+        dtype: floating dtype of the result.
+
+    Returns:
+        0-d; 0 if the batch predicts no token.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+        >>> real = torch.tensor([[True, True, True], [True, True, False]])
+        >>> hits = torch.tensor([[True, False, True], [False, False, True]])
+        >>> mean_share(Batch(ids, real, ids), hits)
+        tensor(0.2500)
+    """
+    predicts = _predicts(batch)
+    n, n_hits = _counts(batch, predicts), _counts(batch, predicts & hits)
+    return (n_hits.to(dtype) / n.clamp(min=1)).sum() / (n > 0).sum().clamp(min=1)
+
+
+def _predicts(batch: Batch) -> Tensor:
+    """Return bool ``[B, T]``, true at positions whose next token is predicted."""
     real, packing = batch.real, batch.packing
     valid = torch.zeros_like(real)
     valid[:, :-1] = (batch.labels[:, 1:] != IGNORE) & real[:, 1:] & real[:, :-1]
     if packing is not None:  # the last token of a text does not predict the first of the next one
         valid[:, :-1] &= packing.texts[:, 1:] == packing.texts[:, :-1]
+    return valid
 
-    def per_sequence(counted: Tensor) -> Tensor:
-        if packing is None:
-            n = counted.sum(1, keepdim=True)
-            n_sequences = (n > 0).sum()
-        else:
-            totals = torch.zeros(packing.n_texts + 1, dtype=torch.int64, device=counted.device)
-            totals.scatter_add_(0, packing.texts.flatten(), counted.flatten().long())
-            n, n_sequences = totals[packing.texts], (totals > 0).sum()
-        return counted.to(dtype) / (n.clamp(min=1) * n_sequences.clamp(min=1))
 
-    return TokenWeights(per_sequence(real), per_sequence(valid))
+def _counts(batch: Batch, counted: Tensor) -> Tensor:
+    """Return the number of counted tokens of each sequence, int64 ``[B]``.
+
+    With packing: of each text, and as last entry of the padding.
+    """
+    packing = batch.packing
+    if packing is None:
+        return counted.sum(1)
+    totals = torch.zeros(packing.n_texts + 1, dtype=torch.int64, device=counted.device)
+    return totals.scatter_add_(0, packing.texts.flatten(), counted.flatten().long())

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.batch import Batch, Packing, token_weights
+from fastadapt.batch import Batch, Packing, mean_share, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
@@ -352,7 +352,7 @@ def objective(
         "nmse": streams.nmse,
         "nmse_token": streams.token_nmse,
         **sparse,
-        "top1_error": 1 - (kl.token_top1[0] * predictions_BT.flatten()).sum(),
+        "top1_error": mean_share(batch, ~kl.token_top1[0].view_as(predictions_BT), wide),
     }
     calls = [c._replace(penalty=c.penalty.detach()) for c in streams.calls]
     return ObjectiveOutput(loss, {k: v.detach() for k, v in metrics.items()}, calls)

@@ -120,10 +120,15 @@ def render_prompt(prompt: str, family: Spec, prefill: Prefill | None = None) -> 
         >>> render_prompt("1 + 1?", "qwq")
         '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n'
     """
+    return prompt_pieces(prompt, family, prefill).text
+
+
+def prompt_pieces(prompt: str, family: Spec, prefill: Prefill | None = None) -> Rendered:
+    """Return the text of :func:`render_prompt` in pieces, which say what the user wrote."""
     form = get_form(family)
     user, reply = turns([{"from": "user", "value": prompt}, {"from": "assistant", "value": "?"}])
     rendered = form.render([Turn("user", user), Turn("assistant", reply)])
-    return rendered.prompt(opening_of(form, prefill)).text
+    return rendered.prompt(opening_of(form, prefill))
 
 
 # --- conversations of two turns -------------------------------------------------------------------

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastadapt.data.rendered import Prefill, Spec
-from fastadapt.data.rendering import get_form, opening_of, render_prompt
-from fastadapt.data.tokens import check_ids, encode
+from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
+from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
+from fastadapt.data.tokens import Encoder, Markers, check_ids, encode
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
@@ -16,7 +16,9 @@ from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
+from fastadapt.io.names import has_file
 from fastadapt.models.trained_files import read_adapters
+from fastadapt.training.config import load_config
 
 RUN = "run"  # name of the run in LoadedRun.models
 
@@ -26,6 +28,8 @@ def prompt_ids(
 ) -> list[int]:
     """Return the tokens of a user's prompt, rendered as the run's training data were.
 
+    Special tokens in the prompt stay text or become tokens, as the run's ``data.markers`` says.
+
     Args:
         models: the run; its tokenizer and its chat format are used.
         prompt: the user's text.
@@ -34,15 +38,15 @@ def prompt_ids(
             :func:`fastadapt.data.rendering.opening_of`.
 
     Raises:
-        UserError: the prompt is empty, the run records no chat format, or ``prefill`` is given
-            with ``plain``.
+        UserError: the prompt is empty, the run records no chat format, ``prefill`` is given with
+            ``plain``, or the tokenizer cannot encode a special token in the prompt as text.
     """
     if plain and prefill is not None:
         raise UserError("--prefill opens the response in a conversation; leave out --plain")
+    ids = list(models.tokenizer(prompt)["input_ids"]) if plain and prompt else []
+    if not (ids if plain else prompt.strip()):
+        raise UserError("prompt: expected a text, got none")
     if plain:
-        ids = list(models.tokenizer(prompt)["input_ids"])
-        if not prompt or not ids:
-            raise UserError("prompt: expected a text, got none")
         return ids
     family = _family(models)
     if family is None:
@@ -50,7 +54,7 @@ def prompt_ids(
             f"{models.compared[models.runs[0]].run}: no chat format recorded, so a prompt cannot "
             "be written as a turn of a conversation; pass --plain to read the text as it is"
         )
-    return response_ids(models, render_prompt(prompt, family, prefill))
+    return _encode(models, family, prompt_pieces(prompt, family, prefill), "prompt")
 
 
 def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
@@ -63,18 +67,56 @@ def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
     if family is None and prefill == "thinking":
         raise UserError("prefill: expected none, since the run records no chat format")
     text = "" if family is None else opening_of(get_form(family), prefill)
-    return response_ids(models, text) if text else []
+    return _plain_ids(models, text) if text else []
+
+
+def response_ids(models: ModelSet, text: str, *, plain: bool = False) -> list[int]:
+    """Return the tokens of a response's text, which continue those of :func:`prompt_ids`.
+
+    Args:
+        models: the run.
+        text: the assistant's words, encoded as in the run's training data.
+        plain: encode the text as it is; so is a text if the run records no chat format.
+
+    Raises:
+        UserError: the tokenizer cannot encode a special token in the text as text.
+    """
+    family = None if plain else _family(models)
+    if family is None:
+        return _plain_ids(models, text)
+    return _encode(models, family, Rendered((Piece(text, "text", "assistant"),)), "response")
+
+
+def _plain_ids(models: ModelSet, text: str) -> list[int]:
+    return list(encode(models.tokenizer, [text])["input_ids"][0])
+
+
+def _encode(models: ModelSet, family: Spec, text: Rendered, name: str) -> list[int]:
+    encoder = Encoder(models.tokenizer, get_form(family), _markers(models))
+    try:
+        return list(encoder.encode([text])[0].ids)
+    except UserError:
+        raise UserError(
+            f"{name}: expected no special token in the text, since this tokenizer cannot encode "
+            "one as text; leave it out, or pass --plain to read the text as it is"
+        ) from None
+
+
+def _run_folder(models: ModelSet) -> Path:
+    return Path(str(models.compared[models.runs[0]].run))
 
 
 def _family(models: ModelSet) -> Spec | None:
-    first = models.compared[models.runs[0]].run
-    recorded = None if first is None else held_out(Path(first))
-    return models.family or (recorded and recorded.family)
+    """Return the chat format of the run's conversations; None without one, or for plain text."""
+    recorded = held_out(_run_folder(models))
+    family = models.family or (recorded and recorded.family)
+    return None if family == TEXT_ONLY else family
 
 
-def response_ids(models: ModelSet, text: str) -> list[int]:
-    """Return the tokens of a text that continues another, without special tokens at its start."""
-    return list(encode(models.tokenizer, [text])["input_ids"][0])
+def _markers(models: ModelSet) -> Markers:
+    """Return the run's ``data.markers``; ``text`` for a folder of adapters without settings."""
+    path = _run_folder(models) / "config.yaml"
+    return load_config(path).data.markers if has_file(path) else "text"
 
 
 def check_text(models: ModelSet, ids: Sequence[int]) -> None:

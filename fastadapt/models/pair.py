@@ -18,7 +18,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.architectures import ARCHITECTURES, Paths
-from fastadapt.models.sources.low_rank import same_bits, shared_names
+from fastadapt.models.sources.low_rank import LowRankLinear, same_bits, shared_names
 from fastadapt.models.sources.pair_sources import Sources
 
 
@@ -235,19 +235,26 @@ class ModelPair:
         """Check that fine-tuning changed an MLP weight.
 
         Raises:
-            UserError: the MLPs of target and base are equal, bit for bit.
+            UserError: the MLPs of target and base are equal, bit for bit, low-rank parts that add
+                nothing left out.
         """
-        ours = dict(self.target_mlps.named_parameters())
+        target = self.target_mlps
+        low_rank = [part for part in target.modules() if isinstance(part, LowRankLinear)]
+        if not all(part.is_plain for part in low_rank):
+            return
+        parts = {id(p) for each in low_rank for p in (each.lora_A, each.lora_B, each.gain)}
+        ours = {name: p for name, p in target.named_parameters() if id(p) not in parts}
         theirs = dict(self.base_mlps.named_parameters())
-        # Equal matrices are shared; vectors may be copies.
+        # Equal matrices are shared, apart from those that a PEFT folder saves as a whole.
         if ours.keys() == theirs.keys() and all(
-            p is ours[name] or (p.ndim < 2 and same_bits(p, ours[name]))
-            for name, p in theirs.items()
+            p is ours[name] or same_bits(p, ours[name]) for name, p in theirs.items()
         ):
+            reason = "fine-tuning changed other parts only"
+            if low_rank:
+                reason = "the low-rank parts of the MLPs add nothing, as before a LoRA's training"
             raise UserError(
                 f"the MLPs of target {self.config.target} and base {self.config.base} are equal, "
-                "bit for bit: fine-tuning changed other parts only. There is no MLP difference "
-                "that adapters could learn"
+                f"bit for bit: {reason}. There is no MLP difference that adapters could learn"
             )
 
     @property

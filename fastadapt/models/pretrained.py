@@ -141,6 +141,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     typed_path(source, "model")  # a hub id also fits a path's length
+    _check_no_file(source, "model")
     _check_format(Path(source))
     if looks_local and not Path(source).is_dir():
         raise UserError(
@@ -185,6 +186,17 @@ def commit_of(file: Path | None) -> str | None:
     return file.parent.name
 
 
+def _check_no_file(source: str, role: str) -> None:
+    """Raise ``UserError`` if a model's name is the path of a file, before the hub is asked."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_format(path)
+        raise UserError(
+            f"{role} {source!r}: expected a folder or a hub id, got a file; give its folder, "
+            f"{str(path.parent)!r}"
+        )
+
+
 def _check_format(path: Path) -> None:
     """Raise ``UserError`` for weights that are not safetensors; say how to convert them."""
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
@@ -221,6 +233,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     from transformers import AutoTokenizer
 
     typed_path(source, "tokenizer")
+    _check_no_file(source, "tokenizer")
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UserError(
@@ -237,12 +250,13 @@ def fetch(source: str, name: str, revision: str | None) -> Path | None:
     Without a connection to the hub, a repository in its cache has the files that the cache holds.
 
     Raises:
-        UserError: the folder or repository does not exist, or the hub cannot be reached and its
-            cache holds nothing of the repository.
+        UserError: the source is a file, the folder or repository does not exist, or the hub cannot
+            be reached and its cache holds nothing of the repository.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers.utils import cached_file
 
+    _check_no_file(source, "model")
     with reading("model", source):
         try:
             path = cached_file(source, name, revision=revision)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.batch import Batch, token_weights
+from fastadapt.batch import Batch, mean_share, token_weights
 from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
@@ -34,7 +34,7 @@ class _Sums:
     def __init__(self, n_layers: int, n_features: int, device: torch.device) -> None:
         wide = {"device": device, "dtype": torch.float64}
         self.kl = torch.zeros(2, **wide)  # type: ignore[call-overload]
-        self.agree = torch.zeros(2, **wide)  # type: ignore[call-overload]
+        self.wrong = torch.zeros(2, **wide)  # type: ignore[call-overload]
         self.nmse = torch.zeros(2, n_layers + 1, **wide)  # type: ignore[call-overload]
         self.counts_LF = torch.zeros(n_layers, n_features, dtype=torch.int64, device=device)
         self.sequences = 0
@@ -44,7 +44,7 @@ class _Sums:
     def all_reduce(self, ranks: Ranks) -> None:
         """Replace the sums by their sums over ranks."""
         counts = self.counts_LF.new_tensor([self.sequences, self.predicted, self.tokens])
-        for tensor in (self.kl, self.agree, self.nmse, self.counts_LF, counts):
+        for tensor in (self.kl, self.wrong, self.nmse, self.counts_LF, counts):
             ranks.all_reduce_sum(tensor)
         self.sequences, self.predicted, self.tokens = counts.tolist()
 
@@ -72,10 +72,11 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
         chunk_tokens=chunk_tokens,
     )
     sums.kl += kl.kl.double() * rows
-    # argmax of NaN logits is token 0 in both models, which must not count as agreement.
-    agrees = torch.where(kl.token_kl.isfinite(), kl.token_top1.double(), torch.nan)
-    agrees = torch.where(predictions.flatten() > 0, agrees, 0)
-    sums.agree += (agrees @ predictions.flatten()) * rows
+    for s, (token_kl, agrees) in enumerate(zip(kl.token_kl, kl.token_top1, strict=True)):
+        wrong = mean_share(batch, ~agrees.view_as(predictions), torch.float64) * rows
+        # argmax of NaN logits is token 0 in both models, which must not count as agreement.
+        broken = (~token_kl.isfinite() & (predictions.flatten() > 0)).any()
+        sums.wrong[s] += torch.where(broken, torch.nan, wrong)
     sums.sequences += len(batch.input_ids)
     sums.predicted += rows
     sums.tokens += int(real.sum())
@@ -123,7 +124,7 @@ def evaluate(
     if not sums.predicted:
         raise UserError("nothing to evaluate: no sequence has a token to predict")
     kl_hybrid, kl_adapter = (sums.kl / sums.predicted).tolist()
-    error_hybrid, error_adapter = (1 - sums.agree / sums.predicted).tolist()
+    error_hybrid, error_adapter = (sums.wrong / sums.predicted).tolist()
     nmse_hybrid, nmse_adapter = sums.nmse / sums.sequences
     return {
         "kl_hybrid": kl_hybrid,

@@ -175,7 +175,7 @@ def test_a_run_gets_its_page(run: Path, fastadapt: Callable[..., Any]) -> None:
 REFUSED = {
     "no features": (("changes", "{bare}"), "has no features yet"),
     "no run": (("trace", "{run}/nothing", "hi"), "expected a run"),
-    "an empty prompt": (("trace", "{run}", " "), "is empty"),
+    "an empty prompt": (("trace", "{run}", " "), "prompt: expected a text, got none"),
     "a long prompt": (("generate", "{run}", "tom " * 600), "context of"),
     "a model that is none": (
         ("generate", "{run}", "hi", "--models", "student"),

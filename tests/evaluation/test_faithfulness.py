@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from fastadapt.adapter.module import AdapterConfig
-from fastadapt.batch import Batch
+from fastadapt.batch import Batch, mean_share, token_weights
+from fastadapt.data.batches import collate_whole
 from fastadapt.errors import UserError
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.held_out import evaluate
 
 
@@ -101,6 +103,44 @@ def test_fresh_adapters_are_the_hybrid_and_mode_is_restored(make_pair: Callable[
     assert got["kl_recovered_vs_hybrid"] == 0
     assert got["nmse_per_layer"] == got["nmse_per_layer_hybrid"]
     assert model.adapters.training
+
+
+def of_lengths(*lengths: int) -> Batch:
+    draw = torch.Generator().manual_seed(sum(lengths))
+    return collate_whole([torch.randint(3, 40, (n,), generator=draw).tolist() for n in lengths])
+
+
+LENGTHS = [(8, 5, 3), (4, 24), (12, 7, 31), (50,)]
+
+
+def test_equal_predictions_have_no_error(make_pair: Callable[..., Any]) -> None:
+    """The weights of all predictions sum to 1 up to rounding only, which must not show."""
+    pair = make_pair("qwen2")
+    for ours, theirs in zip(pair.target_mlps, pair.base_mlps, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    model = ReplacementModel.create(pair, AdapterConfig(24))
+    several = [of_lengths(*lengths) for lengths in LENGTHS]
+    sums = [token_weights(batch).predictions.sum().item() for batch in several]
+    assert any(total != 1 for total in sums)  # 1 - the sum of agreeing weights would not be 0
+    for batch in several:
+        metrics = objective(model, batch, 1, ObjectiveConfig()).metrics
+        got = evaluate(model, [batch])
+        errors = (metrics["top1_error"].item(), got["top1_error_hybrid"], got["top1_error_adapter"])
+        assert errors == (0, 0, 0)
+    got = evaluate(model, several)
+    assert (got["top1_error_hybrid"], got["top1_error_adapter"]) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_share_is_an_average_of_counts(dtype: torch.dtype) -> None:
+    batch = of_lengths(4, 24, 31)
+    hits = batch.input_ids % 3 == 0
+    weighted = (token_weights(batch, dtype).predictions * hits).sum()
+    torch.testing.assert_close(mean_share(batch, hits, dtype), weighted)
+    assert mean_share(batch, torch.zeros_like(hits), dtype) == 0
+    assert mean_share(batch, torch.ones_like(hits), dtype) == 1
+    none = batch._replace(labels=torch.full_like(batch.labels, -100))
+    assert mean_share(none, torch.ones_like(hits), dtype) == 0
 
 
 def test_nothing_to_evaluate(make_pair: Callable[..., Any]) -> None:

@@ -7,12 +7,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft_folders import adapted, peft_saver, whole
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastadapt.adapter.module import AdapterConfig
@@ -308,10 +310,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "expected a LoRA.* got peft_type IA3"),
     "changed base": ({"init_lora_weights": "pissa"}, "pissa, which changes the base's weights"),
     "repeated layers": ({"layer_replication": [[0, 2]]}, "got layer_replication"),
-    "quantised base": (
-        {"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"},
-        "base unsloth/llama-3-8b-bnb-4bit is quantised",
-    ),
     "damaged": ({"r": "three"}, r"adapter_config.json: r: "),
 }
 
@@ -334,6 +332,39 @@ def test_a_quantised_base_is_refused(
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **quantised}))
     assert "is quantised (quantization_config" in refused(target, base, monkeypatch)
+
+
+QUANTISED = "unsloth/llama-3-8b-bnb-4bit"
+
+
+def test_the_base_of_a_quantised_one_is_accepted(
+    save_peft: Callable[..., Any],
+    save_model: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    target, base, _ = save_peft()
+    expected = load(target, base).target.state_dict()
+    folder = shutil.copytree(base, tmp_path / "quantised")
+    path = folder / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **quantised}))
+    (folder / "model.safetensors").unlink()  # its weights are not read
+    for named in (QUANTISED, str(folder)):
+        change(target, base_model_name_or_path=named)
+        pair = load(target, base)
+        assert f"names the base {named}, which is quantised; used is" in pair.notes[0]
+        assert all(torch.equal(t, expected[name]) for name, t in pair.target.state_dict().items())
+    wide = save_model("wide", 1, "llama", intermediate_size=48)
+    for named in (QUANTISED, str(folder)):
+        change(target, base_model_name_or_path=named)
+        message = refused(target, wide, monkeypatch)
+        assert message.endswith(f"Give the model of which {named} is the quantised form")
+    change(target, base_model_name_or_path=QUANTISED)
+    for same in ("", QUANTISED, QUANTISED.upper()):
+        message = refused(target, same, monkeypatch)
+        assert f"its base {QUANTISED} is quantised" in message
+        assert message.endswith("give that model (pair.base)")
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -360,6 +391,57 @@ def test_a_pair_without_a_difference_cannot_be_trained(save_peft: Callable[..., 
         load(target, base).check_mlps_differ()
     with pytest.raises(UserError, match=r"pair\.target and pair\.base are both"):
         Sources.find(PairConfig(base, base)).check_differ()
+
+
+def without_values(target: str, match: str) -> None:
+    """Set the tensors of a PEFT folder whose names match to 0."""
+    path = Path(target) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    chosen = [name for name in tensors if re.search(match, name)]
+    assert chosen
+    save_file(tensors | {name: torch.zeros_like(tensors[name]) for name in chosen}, path)
+
+
+@pytest.mark.parametrize("changes", ["lora_B", "lora_A", r"mlp.*lora_B"])
+def test_an_untrained_adapter_cannot_be_trained_on(
+    changes: str, save_peft: Callable[..., Any]
+) -> None:
+    target, base, _ = save_peft()
+    load(target, base).check_mlps_differ()  # the control
+    without_values(target, changes)
+    with pytest.raises(UserError, match=r"bit for bit: the low-rank parts .* add nothing"):
+        load(target, base).check_mlps_differ()
+
+
+def test_one_changed_layer_is_a_difference(save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft()
+    without_values(target, r"(?<!layers\.2\.mlp\.up_proj\.)lora_B")
+    load(target, base).check_mlps_differ()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_magnitudes_and_saved_mlps_are_differences_if_they_changed(
+    trained: bool, save_peft: Callable[..., Any]
+) -> None:
+    """With B = 0, DoRA's magnitudes and MLPs saved as a whole may still differ from the base."""
+    for settings in (
+        {"use_dora": True},
+        {"modules_to_save": ["up_proj"], "target_modules": ["o_proj"]},
+    ):
+        target, base, _ = save_peft("llama", settings)
+        without_values(target, "lora_B")
+        if not trained:
+            path = Path(target) / "adapter_model.safetensors"
+            tensors = load_file(path)
+            weights = {f"base_model.model.{k}": v for k, v in whole(base).state_dict().items()}
+            for name in tensors:
+                part = name.replace("lora_magnitude_vector", "weight")
+                if part in weights:
+                    weight = weights[part]
+                    tensors[name] = weight.norm(dim=1) if part != name else weight.clone()
+            save_file(tensors, path)
+        with nullcontext() if trained else pytest.raises(UserError, match="bit for bit"):
+            load(target, base).check_mlps_differ()
 
 
 def test_pickled_adapters_are_refused(

@@ -388,6 +388,32 @@ def test_codes_of_quantised_weights_are_refused(
         load(**folders)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("one.gguf", r"one\.gguf has GGUF weights; .*give that folder"),
+        ("model.safetensors", r"expected a folder or a hub id, got a file; give its folder"),
+        ("pytorch_model.bin", r"pytorch_model\.bin holds pickled weights"),
+    ],
+)
+def test_a_file_is_no_model(
+    file: str,
+    message: str,
+    save_model: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hub is not asked, although the name fits a hub id."""
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_bytes(b"GGUF")
+    models: dict[str, Any] = {"target": save_model("target", 0), "base": save_model("base", 1)}
+    for name in (file, f"./{file}", str(tmp_path / file)):
+        for role in ("target", "base", "tokenizer"):
+            what = "tokenizer" if role == "tokenizer" else "model"
+            with pytest.raises(UserError, match=f"^(model|{what}) .*{message}"):
+                ModelPair.load(PairConfig(**{**models, role: name}, device="cpu"))
+
+
 @pytest.mark.parametrize("role", ["target", "base"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_quantised_configuration_is_refused(

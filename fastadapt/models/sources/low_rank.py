@@ -64,6 +64,12 @@ class LowRankLinear(nn.Linear):
             out = out * self.gain
         return out if self.bias is None else out + self.bias
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the low-rank part adds nothing, as B = 0 before the training of an adapter."""
+        adds = bool(self.lora_A.any()) and bool(self.lora_B.any())
+        return not adds and (self.gain is None or bool((self.gain == 1).all()))
+
     @torch.no_grad()
     def merged(self) -> Tensor:
         """Return the weight ``[out, in]`` of the plain layer that computes the same.

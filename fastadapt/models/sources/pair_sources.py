@@ -23,7 +23,7 @@ from fastadapt.models.pretrained import (
 from fastadapt.models.sources import peft_loading
 from fastadapt.models.sources.checks import check_configs, tokenizer_notes
 from fastadapt.models.sources.fingerprint import fingerprint
-from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft
+from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft, is_quantised
 from fastadapt.organism import resolve
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ def _folder(name: str) -> str:
 def _check_copy(peft: PeftFolder, base: str, notes: list[str]) -> list[str]:
     """Return ``notes`` on a base of another path than the adapter names; none if it is a copy.
 
+    The weights of a quantised base are not compared.
+
     Raises:
         UserError: both are folders on this machine, with different weights.
     """
     named = peft.base or ""
-    if not (os.path.isdir(named) and os.path.isdir(base)):
+    if not (os.path.isdir(named) and os.path.isdir(base)) or is_quantised(named):
         return notes
     if fingerprint(named, None) != fingerprint(base, None):
         raise UserError(

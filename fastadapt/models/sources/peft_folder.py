@@ -188,10 +188,12 @@ class PeftFolder:
             expected = _expected_shape(model, *_split(name), shape)
             if expected != shape:
                 fits = "no such part" if expected is None else f"a part for {list(expected)}"
+                other = f"the base that {CONFIG} names: {self.base or 'none'}"
+                if self.base is not None and is_quantised(self.base):
+                    other = f"the model of which {self.base} is the quantised form"
                 raise UserError(
                     f"target {self.source} is not an adapter of base {base}: tensor {name} has "
-                    f"shape {list(shape)}, and the base has {fits}. Give the base that "
-                    f"{CONFIG} names: {self.base or 'none'}"
+                    f"shape {list(shape)}, and the base has {fits}. Give {other}"
                 )
 
     def ranks(self, paths: Paths) -> Iterator[tuple[str, int, bool]]:
@@ -325,18 +327,25 @@ def choose_base(folder: PeftFolder, base: str) -> tuple[str, list[str]]:
     """Return the base of a PEFT target (by default the one that the folder names), and notes.
 
     Two names agree if they are equal, or if one of them is a path: trainers store the path of their
-    own machine, and a copy of the base may lie anywhere. Whether the weights fit is checked later.
+    own machine, and a copy of the base may lie anywhere. If the folder names a quantised base, any
+    other one agrees, as the weights before quantisation. Whether the weights fit is checked later.
 
     Raises:
         UserError: two different hub ids; a base that is quantised by its name; none is named.
     """
     named = folder.base
-    if named is not None and not Path(named).is_dir() and _QUANTISED.search(named.split("/")[-1]):
-        raise UserError(
-            f"target {folder.source}: its base {named} is quantised ({CONFIG}: "
-            "base_model_name_or_path), and only unquantised weights are read. To apply the adapter "
-            f"to the weights before quantisation, name that model in {CONFIG} and in pair.base"
-        )
+    if named is not None and is_quantised(named):
+        if base and base.casefold() != named.casefold():
+            return base, [
+                f"the target's {CONFIG} names the base {named}, which is quantised; used is "
+                f"pair.base {base}, which should be that model before quantisation"
+            ]
+        if not Path(named).is_dir():
+            raise UserError(
+                f"target {folder.source}: its base {named} is quantised ({CONFIG}: "
+                "base_model_name_or_path), and only unquantised weights are read. To apply the "
+                "adapter to the weights before quantisation, give that model (pair.base)"
+            )
     if not base:
         if named is None:
             raise UserError(
@@ -362,6 +371,19 @@ def choose_base(folder: PeftFolder, base: str) -> tuple[str, list[str]]:
         f"pair.base is {base}, but target {folder.source} is an adapter of {named} ({CONFIG}). "
         f"Give that base (pair.base: {named}), or a local folder of the same weights"
     )
+
+
+def is_quantised(model: str) -> bool:
+    """Return whether a model is quantised: by the configuration in its folder, or by its hub id.
+
+    Example:
+        >>> is_quantised("unsloth/llama-3-8b-bnb-4bit"), is_quantised("meta-llama/Llama-3.1-8B")
+        (True, False)
+    """
+    if not Path(model).is_dir():
+        return _QUANTISED.search(model.split("/")[-1]) is not None
+    path = Path(model) / "config.json"
+    return path.is_file() and bool(read_json(path, dict[str, Any]).get("quantization_config"))
 
 
 def _is_path(name: str) -> bool:
