@@ -170,6 +170,8 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     from fastadapt.data.inspection import form_name
 
     print(f"columns: {inspection.layout}")
+    if unread := inspection.layout.unread():
+        print(f"not read: {', '.join(unread)}")
     if inspection.layout.kind in ("conversation", "prompt and response"):
         print(f"form:    {form_name(inspection.form)}")
     opening, closing = ("⟦", "⟧") if is_unicode(sys.stdout) else ("[[", "]]")

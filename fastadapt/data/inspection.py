@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.data.contents import Layout
+from fastadapt.data.layouts import Layout
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.sequences import DataConfig
 from fastadapt.data.sources import BadRows, Source, read_contents
