@@ -7,8 +7,7 @@ what was said is refused; white space at the ends of a turn may be removed.
 
 The assistant's part of a turn is what a ``{% generation %}`` block holds. Without such a block it
 begins where the prompt of a generation ends and ends where a rendering that stops at this turn
-ends; both must agree with the rendering of the whole conversation. Templates run in the sandbox of
-transformers.
+ends; both must agree with the rendering of the whole conversation.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 from fastadapt.data.contents import Role, Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import AUTO, END_THINK, TEXT_ONLY, THINK, Part, Piece, Rendered, Spec
+from fastadapt.data.template_engine import TemplateFailure, run_template
 from fastadapt.data.tokens import is_one_token
 from fastadapt.errors import UserError
 
@@ -153,36 +153,13 @@ class Template:
         )
 
     def _run(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-        return self._render(turns, prompt=prompt)[0]
-
-    def _render(
-        self, turns: Sequence[Turn], *, prompt: bool = False, spans: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            render: Any = render_jinja_template
-            texts, blocks = render(
-                conversations=[messages],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=spans,
-                **dict(self.tokens),
-            )
-        # A template is a program: it may raise any error of Python.
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise _failed(turns, error) from None
-        except (AttributeError, RecursionError, OverflowError, MemoryError) as error:
-            raise _failed(turns, error) from None
-        return texts[0], blocks[0] if spans else []
+        return run_template(self.template, turns, dict(self.tokens), prompt=prompt)[0]
 
     def _take_apart(self, roles: tuple[Role, ...]) -> tuple[Piece, ...]:
         """Return the pieces of a conversation of these roles, with placeholders for the words."""
         turns = [Turn(role, _PLACEHOLDER.format(i)) for i, role in enumerate(roles)]
         marked = _GENERATION.search(self.template) is not None
-        whole, written = self._render(turns, spans=marked)
+        whole, written = run_template(self.template, turns, dict(self.tokens), spans=marked)
         parts = _PLACED.split(whole)
         if parts[1::2] != [turn.text for turn in turns]:
             raise UserError(
@@ -238,12 +215,10 @@ class Template:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            begin = self._run(turns[:i], prompt=True) if i else ""
-            until = whole if i + 1 == len(turns) else self._run(turns[: i + 1])
-            eos = dict(self.tokens).get("eos_token", "")
-            if eos and until.endswith(eos) and not whole.startswith(until):
-                until = until.removesuffix(eos)  # closes a text, not a turn
             said = whole.index(turn.text)
+            begin = self._run(turns[:i], prompt=True) if i else self._before_first(whole[:said])
+            until = whole if i + 1 == len(turns) else self._run(turns[: i + 1])
+            until = self._open_ended(until, whole)
             if not (
                 whole.startswith(begin)
                 and len(begin) <= said
@@ -257,6 +232,36 @@ class Template:
                 )
             spans.append((len(begin), len(until)))
         return spans
+
+    def _before_first(self, before: str) -> str:
+        """Return the part of the text before an assistant's first turn that the assistant reads.
+
+        No prompt of a generation precedes such a turn. It begins with the marker of a turn that
+        answers the user.
+        """
+        user, answer = (
+            Turn("user", _PLACEHOLDER.format(0)),
+            Turn("assistant", _PLACEHOLDER.format(1)),
+        )
+        whole, prompt = self._run([user, answer]), self._run([user], prompt=True)
+        asked = self._open_ended(self._run([user]), prompt)
+        marker, lead = prompt[len(asked) :], whole[len(prompt) :].partition(answer.text)[0]
+        if not (
+            whole.startswith(prompt) and prompt.startswith(asked) and before.endswith(marker + lead)
+        ):
+            raise UserError(
+                "the chat template does not show where the assistant's part begins in a "
+                "conversation that the assistant opens; set data.family to a family instead, or "
+                "to a template with {% generation %} blocks"
+            )
+        return before.removesuffix(lead)
+
+    def _open_ended(self, text: str, longer: str) -> str:
+        """Return a rendering without the EOS that closes a text, not a turn."""
+        eos = dict(self.tokens).get("eos_token", "")
+        if eos and text.endswith(eos) and not longer.startswith(text):
+            return text.removesuffix(eos)
+        return text
 
 
 def resolve(spec: Spec, tokenizer: Any) -> Spec:
@@ -318,12 +323,6 @@ def _refusal(template: Template) -> str | None:
         except UserError as error:
             return str(error)
     return None
-
-
-def _failed(turns: Sequence[Turn], error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    roles = ", ".join(turn.role for turn in turns)
-    return UserError(f"the chat template fails for turns of roles {roles}: {reason:.200}")
 
 
 def _marker(text: str, role: Role) -> Piece:

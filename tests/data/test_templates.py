@@ -161,6 +161,41 @@ def test_generation_blocks_give_the_assistants_part() -> None:
         empty.render(ROUNDS)
 
 
+OPENED = [Turn("assistant", "hello"), *ROUNDS]
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_the_assistants_part_of_a_conversation_that_it_opens(name: str, n: int) -> None:
+    expected = written(FAMILIES[name].render(OPENED[:n]))
+    actual = written(template(name).render(OPENED[:n]))
+    actual[-1] = actual[-1].removesuffix(EOS) if name == "phi3" else actual[-1]
+    assert actual == expected
+    assert len(expected) == n // 2 + 1
+
+
+def test_a_default_system_turn_is_no_part_of_an_opening() -> None:
+    default = Template(DEFAULT_SYSTEM + TEMPLATES["qwen"][0])
+    rendered = default.render(OPENED)
+    assert rendered.text.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant")
+    assert written(rendered)[0] == "hello<|im_end|>\n"
+    assert written(rendered)[1:] == written(default.render(ROUNDS))
+
+
+def test_an_opening_whose_beginning_is_unknown_is_refused() -> None:
+    greeting = Template(
+        "{% for m in messages %}{% if loop.first and m.role == 'assistant' %}<|greeting|>"
+        "{% else %}<|{{ m.role }}|>{% endif %}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert written(greeting.render(ROUNDS)) == [turn.text + "\n" for turn in ROUNDS[1::2]]
+    with pytest.raises(UserError, match="not show where the assistant's part begins"):
+        greeting.render(OPENED)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -149,7 +149,7 @@ def test_a_run_that_read_no_system_column_resumes(
     before = tiny_config(**settings, **{"data.columns": "conversations"})
     whole, old, stop = into(before, tmp_path / "whole"), into(before, tmp_path / "old"), Event()
     train(whole)
-    train(old, stop=stop, sinks=[stop_after(stop, 2)])
+    train(old, stop=stop, sinks=[stop_after(stop, 3)])
     for name in ("whole", "old"):
         recorded = tmp_path / name / "config.yaml"
         values = yaml.safe_load(recorded.read_text())
