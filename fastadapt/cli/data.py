@@ -173,7 +173,8 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     if unread := inspection.layout.unread():
         print(f"not read: {', '.join(unread)}")
     if inspection.layout.kind in ("conversation", "prompt and response"):
-        print(f"form:    {form_name(inspection.form)}")
+        reason = f", since {inspection.no_template}" if inspection.no_template else ""
+        print(f"form:    {form_name(inspection.form)}{reason}")
     opening, closing = ("⟦", "⟧") if is_unicode(sys.stdout) else ("[[", "]]")
     print(f"\nTokens between {opening} and {closing} are counted (data.loss {loss}).")
     for example in inspection.examples:

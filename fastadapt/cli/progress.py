@@ -112,6 +112,8 @@ class Progress:
 
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
+        if reason := record.get("no_template"):
+            self.write(f"data.family auto is the family {record['family']}: {reason}")
         if marked := record.get("with_markers"):
             from fastadapt.reporting.formatting import markers_note
 

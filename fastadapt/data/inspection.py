@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.data.auto_format import choose
 from fastadapt.data.layouts import Layout
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.sequences import DataConfig
@@ -42,6 +43,7 @@ class Inspection:
     Attributes:
         layout: what the columns hold.
         form: the chat format.
+        no_template: why the tokenizer's chat template is not the format for which auto stands.
         read: rows read.
         lengths: tokens of each text that can be read, in order.
         used: number of texts that a run would use.
@@ -54,6 +56,7 @@ class Inspection:
 
     layout: Layout
     form: Spec
+    no_template: str | None
     read: int
     lengths: list[int]
     used: int
@@ -122,6 +125,7 @@ def inspect_source(
     return Inspection(
         layout,
         kind.form.spec,
+        choose(tokenizer).reason if config.family == AUTO else None,
         len(lengths) + bad.n,
         lengths,
         used,

@@ -9,10 +9,6 @@ from fastadapt.data.contents import Turn
 from fastadapt.errors import UserError
 
 
-class TemplateFailure(UserError):
-    """A chat template cannot be read, or raises an error."""
-
-
 def run_template(
     template: str,
     turns: Sequence[Turn],
@@ -31,7 +27,7 @@ def run_template(
         spans: find the spans; without, none are returned.
 
     Raises:
-        TemplateFailure: the template cannot be read, or raises an error.
+        UserError: the template cannot be read, or raises an error.
 
     Example:
         >>> run_template("{% for m in messages %}[{{ m.content }}]{% endfor %}",
@@ -59,7 +55,7 @@ def run_template(
     return texts[0], blocks[0] if spans else []
 
 
-def _failed(turns: Sequence[Turn], error: Exception) -> TemplateFailure:
+def _failed(turns: Sequence[Turn], error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     roles = ", ".join(turn.role for turn in turns)
-    return TemplateFailure(f"the chat template fails for turns of roles {roles}: {reason:.200}")
+    return UserError(f"the chat template fails for turns of roles {roles}: {reason:.200}")

@@ -9,11 +9,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastadapt.data.auto_format import choose, resolve
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
 from fastadapt.data.rendering import get_form
-from fastadapt.data.templates import Template, resolve
+from fastadapt.data.templates import Template
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 
@@ -250,6 +251,36 @@ def test_auto_takes_the_family_where_the_template_loses_reasoning(
     tokenizer = tokenizer_with(FAMILIES[family].markers, text)
     assert resolve("auto", tokenizer) == family
     assert all(turn.text in get_form(family).render(ROUNDS).text for turn in ROUNDS)
+
+
+UPPER = TEMPLATES["qwen"][0].replace("m.content", "m.content | upper")
+FAULTS = {
+    "{{ raise_exception('only user allowed') }}": "the chat template fails .*: only user allowed",
+    "{% for m in messages %}{{ m.content }": "the chat template fails",
+    UPPER: "the chat template does not write the words of the user as they are",
+    UPPER.replace(
+        "upper", "e"
+    ): "the chat template does not write the words of the user as they are",
+    "hello": "the chat template does not write the words of the user as they are",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_no_family_stands_for_a_template_with_a_fault(text: str) -> None:
+    tokenizer = tokenizer_with(FAMILIES["qwen3"].markers, text)
+    message = rf"data\.family=auto: {FAULTS[text]}.* Give data\.family qwen3, whose markers this"
+    with pytest.raises(UserError, match=message):
+        resolve("auto", tokenizer)
+    assert resolve("qwen3", tokenizer) == "qwen3"
+
+
+def test_a_choice_says_why_the_template_does_not_serve() -> None:
+    lossy = choose(tokenizer_with(FAMILIES["qwen3"].markers, LATEST_ONLY))
+    assert (lossy.spec, lossy.reason is None) == ("qwen3", False)
+    assert str(lossy.reason).startswith("the chat template does not copy every turn unchanged")
+    assert "set data.family" not in str(lossy.reason)
+    assert choose(tokenizer_with(FAMILIES["qwen3"].markers)) == ("qwen3", None)
+    assert choose(tokenizer_with(FAMILIES["qwen"].markers, TEMPLATES["qwen"][0])).reason is None
 
 
 @pytest.mark.parametrize("family", ["llama2", "olmo2"])
