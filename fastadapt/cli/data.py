@@ -129,12 +129,13 @@ def inspect(
     split = typed.pop("split", "train")
     values = {"validation": "", **data, **typed, "train": source}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
-    architecture = models.configs(planned_config)[0]
+    architecture = models.configs(planned_config)[0].get_text_config()
     inspection = inspect_source(
         dataclasses.replace(settings.source(resolve(source), "train"), split=split),
         models.tokenizer(),
         settings,
-        max_positions=architecture.get_text_config().max_position_embeddings,
+        max_positions=architecture.max_position_embeddings,
+        n_rows=architecture.vocab_size,
         rows=rows,
         examples=examples,
     )
@@ -184,6 +185,10 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     print()
     quantiles = inspection.quantiles()
     if quantiles:
+        if inspection.too_long:
+            print(
+                f"Lengths of {len(inspection.lengths):,} texts, those that are too long included:"
+            )
         print_table(
             ["quantile", *(f"{q:g}" for q in quantiles)],
             [["tokens", *(f"{n:,}" for n in quantiles.values())]],

@@ -59,8 +59,8 @@ def choose(tokenizer: Any) -> Choice:
         return Choice(name, reason)
     if name is not None:
         raise UserError(
-            f"data.family=auto: {fault}. Give data.family {name}, whose markers this tokenizer has, "
-            "if it is the format of this model, or text for data without conversations"
+            f"data.family=auto: {fault}. Give data.family {name}, whose markers this tokenizer "
+            "has, if it is the format of this model, or text for data without conversations"
         )
     raise UserError(
         f"data.family=auto: {fault or reason}. No family has its markers in this tokenizer either; "

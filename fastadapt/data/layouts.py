@@ -181,6 +181,7 @@ def _recognised(_: None, examples: Mapping[str, Any], where: str) -> Layout:
     named: list[tuple[Kind, str]] = [
         *(("conversation", n) for n in CONVERSATIONS if n in examples),
         *(("text", n) for n in TEXTS if n in examples),
+        *(("token ids", n) for n in IDS if is_list(examples.get(n))),
     ]
     if not candidates and len(named) == 1:
         return Layout(named[0][0], named[0][1:])
@@ -239,7 +240,8 @@ def _chosen(columns: str, examples: Mapping[str, Any], where: str) -> Layout:
     example = examples[chosen[0]]
     if isinstance(example, str):
         return Layout("text", chosen)
-    return Layout("token ids" if _are_ids(example) else "conversation", chosen)
+    is_ids = is_list(example) and all(type(token) is int for token in example)
+    return Layout("token ids" if is_ids else "conversation", chosen)
 
 
 def _first(rows: Sequence[Mapping[str, Any]], name: str) -> Any:

@@ -317,7 +317,7 @@ def load_sequences(
             break
     read += bad.n
     if not ends:
-        _refuse_empty(f"data source {source!r} ({split})", read, bad, config, shortest_left_out)
+        refuse_empty(f"data source {source!r} ({split})", read, bad, config, shortest_left_out)
     counts = SequenceCounts(
         read,
         len(ends),
@@ -334,9 +334,18 @@ def load_sequences(
     return Sequences(source, counts, packed, ends, label_spans, sequence_rows, bad, unread)
 
 
-def _refuse_empty(
+def refuse_empty(
     source: str, read: int, bad: BadRows, config: DataConfig, shortest: int | None
 ) -> NoReturn:
+    """Raise the ``UserError`` that says why a source has no text to train on.
+
+    Args:
+        source: description of the source.
+        read: rows read.
+        bad: rows that cannot be used.
+        config: largest number of tokens.
+        shortest: tokens of the shortest text that is too long; None if none is.
+    """
     if not read:
         raise UserError(f"{source}: expected at least one conversation or text, got none")
     if shortest is None:

@@ -441,7 +441,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"turn 2: a system turn can only be the first turn",
     ),
     "one token": ({"text": "one"}, r"line 1: the text has 1 token\(s\)"),
-    "ids that are none": ({"input_ids": [1, -2]}, r"the columns are 'input_ids'"),
+    "ids that are none": (
+        {"input_ids": [1, -2]},
+        r"line 1: input_ids: expected a list of token ids",
+    ),
     "blank text": ({"text": " \n"}, r"line 1: text is empty"),
     "half a pair": (
         messages(("user", "\ud800"), ("assistant", "one")),
