@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fastadapt.cli.console import is_unicode, print_table
 from fastadapt.cli.parser import Typed, resume_command
@@ -94,10 +94,25 @@ class InspectConfig:
     examples: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("examples", 0)):
+        from fastadapt.data.families import FAMILIES
+        from fastadapt.data.rendered import AUTO, TEXT_ONLY
+        from fastadapt.data.tokenised import Loss
+        from fastadapt.data.tokens import Markers
+
+        for name, least in (("rows", 1), ("examples", 0), ("max_tokens", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name}: expected {least} or more, got {value}")
+        families = (AUTO, TEXT_ONLY, *sorted(FAMILIES))
+        choices = (
+            ("family", families),
+            ("loss", get_args(Loss)),
+            ("markers", get_args(Markers)),
+        )
+        for name, known in choices:
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"--{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def inspect(

@@ -76,7 +76,12 @@ def read_turns(value: Any, column: str = "conversations") -> list[Turn]:
         [Turn(role='user', text='1 + 1?'), Turn(role='assistant', text='2')]
     """
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise UserError(f"{column}: expected a list of turns, got {_kind(value)}")
+        hint = (
+            "; write the rows as JSON lines (.jsonl) or Parquet, whose columns hold lists"
+            if isinstance(value, str)
+            else ""
+        )
+        raise UserError(f"{column}: expected a list of turns, got {_kind(value)}{hint}")
     if not value:
         raise UserError(f"{column}: expected at least one turn, got an empty conversation")
     turns = []

@@ -92,3 +92,21 @@ def test_a_token_beyond_the_model_is_left_out(
     assert "not read: 'id'" in outcome.out
     assert "1 of 2 rows would be used: 3 tokens" in outcome.out
     assert "line 2: the text: expected tokens below" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--loss", "answer", "one of all, assistant, thinking"),
+        ("--markers", "words", "one of text, tokens"),
+        ("--family", "nosuch", "one of auto, text, gemma"),
+        ("--max_tokens", "1", "2 or more"),
+    ],
+)
+def test_a_wrong_value_is_of_an_option_that_inspect_has(
+    option: str, value: str, expected: str, fastadapt: Callable[..., Any]
+) -> None:
+    outcome = fastadapt("data", "inspect", "rows.jsonl", "--pair", "organism", option, value)
+    assert outcome.code == 2
+    assert f"{option}: expected {expected}" in outcome.err
+    assert "data." not in outcome.err

@@ -440,7 +440,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         messages(("user", "one"), ("system", "two"), ("assistant", "three")),
         r"turn 2: a system turn can only be the first turn",
     ),
-    "one token": ({"text": "one"}, r"line 1: the text has 1 token\(s\)"),
+    "one token": (
+        {"text": "one"},
+        r"has 1 token\(s\), expected at least 2 \(--data\.bad_rows skip leaves such rows out\)",
+    ),
     "ids that are none": (
         {"input_ids": [1, -2]},
         r"line 1: input_ids: expected a list of token ids",

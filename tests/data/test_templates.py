@@ -320,7 +320,9 @@ def test_an_inline_family_from_yaml() -> None:
     assert [rendered.text[a:b] for a, b in rendered.reasoning()] == ["<r>so</r>"]
     assert get_form(form.spec) == form
     Encoder(tokenizer_with(form.markers), form)
-    with pytest.raises(UserError, match=r"does not know its marker '<\|user\|>' as one token"):
+    with pytest.raises(
+        UserError, match=r"^data\.family\.markers: .* '<\|user\|>' as one token; corr"
+    ):
         Encoder(tokenizer_with([]), form)
 
 
