@@ -118,8 +118,8 @@ def _fault(template: Template) -> str | None:
         except UserError as error:
             return _without_hint(error)
         for turn in turns:
-            _, found, text = text.partition(turn.text)
-            if not found:
+            _, words, text = text.partition(turn.text)
+            if not words:
                 return f"the chat template does not write the words of the {turn.role} as they are"
     return None
 

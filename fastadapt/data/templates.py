@@ -155,7 +155,7 @@ class Template:
 
         Args:
             turns: the conversation.
-            prompt: end the text where a model is asked to go on.
+            prompt: end the text where a model is to go on.
         """
         return run_template(self.template, turns, dict(self.tokens), prompt=prompt)[0]
 
@@ -248,10 +248,12 @@ class Template:
             Turn("assistant", _PLACEHOLDER.format(1)),
         )
         whole, prompt = self.write([user, answer]), self.write([user], prompt=True)
-        asked = self._open_ended(self.write([user]), prompt)
-        marker, lead = prompt[len(asked) :], whole[len(prompt) :].partition(answer.text)[0]
+        question = self._open_ended(self.write([user]), prompt)
+        marker, lead = prompt[len(question) :], whole[len(prompt) :].partition(answer.text)[0]
         if not (
-            whole.startswith(prompt) and prompt.startswith(asked) and before.endswith(marker + lead)
+            whole.startswith(prompt)
+            and prompt.startswith(question)
+            and before.endswith(marker + lead)
         ):
             raise UserError(
                 "the chat template does not show where the assistant's part begins in a "
