@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fastadapt.cli.console import is_unicode, print_table
 from fastadapt.cli.parser import Typed, resume_command
@@ -94,10 +94,25 @@ class InspectConfig:
     examples: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("examples", 0)):
+        from fastadapt.data.families import FAMILIES
+        from fastadapt.data.rendered import AUTO, TEXT_ONLY
+        from fastadapt.data.tokenised import Loss
+        from fastadapt.data.tokens import Markers
+
+        for name, least in (("rows", 1), ("examples", 0), ("max_tokens", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name}: expected {least} or more, got {value}")
+        families = (AUTO, TEXT_ONLY, *sorted(FAMILIES))
+        choices = (
+            ("family", families),
+            ("loss", get_args(Loss)),
+            ("markers", get_args(Markers)),
+        )
+        for name, known in choices:
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"--{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def inspect(
@@ -129,12 +144,13 @@ def inspect(
     split = typed.pop("split", "train")
     values = {"validation": "", **data, **typed, "train": source}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
-    architecture = models.configs(planned_config)[0]
+    architecture = models.configs(planned_config)[0].get_text_config()
     inspection = inspect_source(
         dataclasses.replace(settings.source(resolve(source), "train"), split=split),
         models.tokenizer(),
         settings,
-        max_positions=architecture.get_text_config().max_position_embeddings,
+        max_positions=architecture.max_position_embeddings,
+        n_rows=architecture.vocab_size,
         rows=rows,
         examples=examples,
     )
@@ -170,8 +186,11 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     from fastadapt.data.inspection import form_name
 
     print(f"columns: {inspection.layout}")
+    if unread := inspection.layout.unread():
+        print(f"not read: {', '.join(unread)}")
     if inspection.layout.kind in ("conversation", "prompt and response"):
-        print(f"form:    {form_name(inspection.form)}")
+        reason = f", since {inspection.no_template}" if inspection.no_template else ""
+        print(f"form:    {form_name(inspection.form)}{reason}")
     opening, closing = ("⟦", "⟧") if is_unicode(sys.stdout) else ("[[", "]]")
     print(f"\nTokens between {opening} and {closing} are counted (data.loss {loss}).")
     for example in inspection.examples:
@@ -181,6 +200,10 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     print()
     quantiles = inspection.quantiles()
     if quantiles:
+        if inspection.too_long:
+            print(
+                f"Lengths of {len(inspection.lengths):,} texts, those that are too long included:"
+            )
         print_table(
             ["quantile", *(f"{q:g}" for q in quantiles)],
             [["tokens", *(f"{n:,}" for n in quantiles.values())]],

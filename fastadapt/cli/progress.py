@@ -112,6 +112,8 @@ class Progress:
 
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
+        if reason := record.get("no_template"):
+            self.write(f"data.family auto is the family {record['family']}: {reason}")
         if marked := record.get("with_markers"):
             from fastadapt.reporting.formatting import markers_note
 
@@ -129,10 +131,12 @@ class Progress:
             bar.refresh()
 
     def _source(self, source: dict[str, Any]) -> None:
-        """Write a source's share in a mixture, and how many of its rows were left out."""
+        """Write a source's share in a mixture, what is not read, and the rows that are left out."""
         name, read = source["source"], source["read"]
         if "share" in source:
             self.write(f"{name}: {source['share']:.1%} of the training tokens")
+        if unread := source.get("unread"):
+            self.write(f"{name}: not read: {', '.join(unread)}")
         if n := source["bad"]:
             first = source["examples"][0]
             lost = f"{n:,} of {read:,} rows cannot be read and are left out"

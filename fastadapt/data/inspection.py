@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.data.contents import Layout
+from fastadapt.data.auto_format import choose
+from fastadapt.data.layouts import Layout
 from fastadapt.data.rendered import AUTO, Spec
-from fastadapt.data.sequences import DataConfig
+from fastadapt.data.sequences import DataConfig, refuse_empty
 from fastadapt.data.sources import BadRows, Source, read_contents
 from fastadapt.data.tokenised import RowTokeniser, Tokenised
+from fastadapt.data.tokens import check_ids
 from fastadapt.errors import UserError
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -42,8 +44,10 @@ class Inspection:
     Attributes:
         layout: what the columns hold.
         form: the chat format.
+        no_template: why the tokenizer's chat template is not the format for which auto stands.
         read: rows read.
-        lengths: tokens of each text that can be read, in order.
+        lengths: tokens of each text that can be read, too long ones included, in order.
+        too_long: number of texts that are too long.
         used: number of texts that a run would use.
         left_out: number of rows by reason.
         with_markers: texts with a marker or another special token in what was said.
@@ -54,8 +58,10 @@ class Inspection:
 
     layout: Layout
     form: Spec
+    no_template: str | None
     read: int
     lengths: list[int]
+    too_long: int
     used: int
     left_out: dict[str, int]
     with_markers: int
@@ -78,6 +84,7 @@ def inspect_source(
     config: DataConfig,
     *,
     max_positions: int | None = None,
+    n_rows: int | None = None,
     rows: int | None = None,
     examples: int = 3,
 ) -> Inspection:
@@ -88,16 +95,16 @@ def inspect_source(
         tokenizer: transformers tokenizer of the pair.
         config: chat format, markers, loss and the largest number of tokens.
         max_positions: tokens that the model can read; None: any number.
+        n_rows: rows of the model's embedding; None: any number.
         rows: number of rows to read; None: all.
         examples: number of examples to return.
 
     Raises:
-        UserError: the source cannot be read or has no row, or its columns are not recognised.
+        UserError: the source cannot be read or has no row that a run would use, or its columns are
+            not recognised.
     """
     bad = BadRows("skip")
     layout, contents = read_contents(source, bad=bad)
-    if layout is None:
-        raise UserError(f"data source {source.name!r}: expected at least one row, got none")
     kind = RowTokeniser(
         tokenizer, config.family, markers=config.markers, loss=config.loss, offsets=True
     )
@@ -107,23 +114,33 @@ def inspect_source(
     used = with_markers = tokens = counted = 0
     for each in kind.tokenise(islice(contents, rows), bad):
         n = len(each.encoded.ids)
+        reason = _too_long(n, config, max_positions)
+        if reason is None and n_rows is not None:
+            try:
+                check_ids(each.encoded.ids, n_rows, "the text")
+            except UserError as error:
+                bad.take(error, each.row.where)
+                continue
         lengths.append(n)
-        if n > config.max_tokens:
-            too_long[f"more than data.max_tokens={config.max_tokens:,} tokens"] += 1
-            continue
-        if max_positions is not None and n > max_positions:
-            too_long[f"more tokens than the model can read, {max_positions:,}"] += 1
+        if reason is not None:
+            too_long[reason] += 1
             continue
         used, tokens = used + 1, tokens + n
         counted += _count(each)
         with_markers += each.encoded.marked
         if len(shown) < examples:
             shown.append(_example(each, tokenizer))
+    read = len(lengths) + bad.n
+    if layout is None or not used:
+        shortest = min(lengths, default=None)
+        refuse_empty(f"data source {source.name!r}", read, bad, config, shortest)
     return Inspection(
         layout,
         kind.form.spec,
-        len(lengths) + bad.n,
+        choose(tokenizer).reason if config.family == AUTO else None,
+        read,
         lengths,
+        too_long.total(),
         used,
         {**too_long, **bad.counts},
         with_markers,
@@ -132,6 +149,15 @@ def inspect_source(
         shown,
         bad.examples,
     )
+
+
+def _too_long(n: int, config: DataConfig, max_positions: int | None) -> str | None:
+    """Return why a text of ``n`` tokens is left out, or None if it is not."""
+    if n > config.max_tokens:
+        return f"more than data.max_tokens={config.max_tokens:,} tokens"
+    if max_positions is not None and n > max_positions:
+        return f"more tokens than the model can read, {max_positions:,}"
+    return None
 
 
 def form_name(spec: Spec) -> str:

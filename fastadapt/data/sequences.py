@@ -39,10 +39,9 @@ class DataConfig:
         family: chat format. auto: the tokenizer's chat template where it writes every turn as it
             is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwq, qwen3,
             llama3, llama2, mistral, olmo2, phi3, gemma; text: no conversations. In a file also a
-            mapping:
-            user and assistant: [before, after], and system, tool, bos, lead, between, thinking,
-            markers.
-        columns: column to read, or prompt,response. Null: recognised by name.
+            mapping: user and assistant: [before, after], and system, tool, bos, lead, between,
+            thinking, opening, markers.
+        columns: column to read; prompt,response; or system,messages. Null: recognised by name.
         loss: tokens that the losses on the output count: all; assistant, the assistant's turns;
             thinking, the assistant's reasoning. Plain text and token ids count as a whole.
         bad_rows: what happens to a row that cannot be read or rendered. stop: an error; skip: leave
@@ -198,6 +197,7 @@ class Sequences(Sequence[Sample]):
         counts: ``SequenceCounts`` of the source.
         rows: row of the source of each sequence, counted from 0.
         bad: the rows that were left out.
+        unread: columns, and keys of turns, that some programs read, and this one does not.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class Sequences(Sequence[Sample]):
         label_spans: Sequence[Sequence[int]],
         rows: Sequence[int],
         bad: BadRows | None = None,
+        unread: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.counts = counts
@@ -217,6 +218,7 @@ class Sequences(Sequence[Sample]):
         self._ends = ends
         self.label_spans = label_spans  # first token and end, for each stretch of labels
         self.bad = bad or BadRows()
+        self.unread = list(unread)
 
     def check_vocabulary(self, n_rows: int) -> None:
         """Check that the model has an embedding for every token.
@@ -293,7 +295,7 @@ def load_sequences(
     read = too_long = beyond_model = longest = with_markers = counted = 0
     shortest_left_out: int | None = None
     tokeniser = RowTokeniser(tokenizer, config.family, markers=config.markers, loss=config.loss)
-    _, rows = read_contents(config.source(source, split, part), bad=bad)
+    layout, rows = read_contents(config.source(source, split, part), bad=bad)
     for row, _, encoded, labels in tokeniser.tokenise(rows, bad):
         read += 1
         n = len(encoded.ids)
@@ -314,7 +316,7 @@ def load_sequences(
             break
     read += bad.n
     if not ends:
-        _refuse_empty(f"data source {source!r} ({split})", read, bad, config, shortest_left_out)
+        refuse_empty(f"data source {source!r} ({split})", read, bad, config, shortest_left_out)
     counts = SequenceCounts(
         read,
         len(ends),
@@ -327,12 +329,22 @@ def load_sequences(
         counted,
     )
     packed = torch.frombuffer(tokens, dtype=torch.int32)
-    return Sequences(source, counts, packed, ends, label_spans, sequence_rows, bad)
+    unread = layout.unread(significant=True) if layout else []
+    return Sequences(source, counts, packed, ends, label_spans, sequence_rows, bad, unread)
 
 
-def _refuse_empty(
+def refuse_empty(
     source: str, read: int, bad: BadRows, config: DataConfig, shortest: int | None
 ) -> NoReturn:
+    """Raise the ``UserError`` that says why a source has no text to train on.
+
+    Args:
+        source: description of the source.
+        read: rows read.
+        bad: rows that cannot be used.
+        config: largest number of tokens.
+        shortest: tokens of the shortest text that is too long; None if none is.
+    """
     if not read:
         raise UserError(f"{source}: expected at least one conversation or text, got none")
     if shortest is None:

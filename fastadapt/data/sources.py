@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from typing_extensions import TypedDict
 
-from fastadapt.data.contents import PEEKED, Content, Layout, find_layout
+from fastadapt.data.contents import Content
 from fastadapt.data.formats import (
     READABLE,
     SUFFIXES,
@@ -24,6 +24,7 @@ from fastadapt.data.formats import (
     read_files,
     require_columns,
 )
+from fastadapt.data.layouts import PEEKED, Layout, find_layout
 from fastadapt.errors import UserError
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path

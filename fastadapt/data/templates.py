@@ -7,8 +7,7 @@ what was said is refused; white space at the ends of a turn may be removed.
 
 The assistant's part of a turn is what a ``{% generation %}`` block holds. Without such a block it
 begins where the prompt of a generation ends and ends where a rendering that stops at this turn
-ends; both must agree with the rendering of the whole conversation. Templates run in the sandbox of
-transformers.
+ends; both must agree with the rendering of the whole conversation.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from itertools import pairwise
 from typing import Any
 
 from fastadapt.data.contents import Role, Turn
-from fastadapt.data.families import FAMILIES
-from fastadapt.data.rendered import AUTO, END_THINK, TEXT_ONLY, THINK, Part, Piece, Rendered, Spec
-from fastadapt.data.tokens import is_one_token
+from fastadapt.data.rendered import END_THINK, THINK, Part, Piece, Rendered, Spec
+from fastadapt.data.template_engine import run_template
 from fastadapt.errors import UserError
 
 #: Text of a placeholder: private characters, which no data set and no template holds.
@@ -123,7 +121,7 @@ class Template:
         """Text after the assistant's marker with which the template asks a model to go on."""
         user, assistant = Turn("user", _PLACEHOLDER.format(0)), Turn("assistant", "?")
         before = self.render([user, assistant]).prompt().text
-        wanted = self._run([user], prompt=True)
+        wanted = self.write([user], prompt=True)
         return wanted.removeprefix(before) if wanted.startswith(before) else ""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
@@ -136,7 +134,7 @@ class Template:
         roles = tuple(turn.role for turn in turns)
         if roles not in self.frames:
             self.frames[roles] = self._take_apart(roles)
-        whole = self._run(turns)
+        whole = self.write(turns)
         for words, others in _TRIMS:
             said = (words(t.text) if t.role == "assistant" else others(t.text) for t in turns)
             texts = iter(list(said))
@@ -152,37 +150,20 @@ class Template:
             "part of one); set data.family to a family instead"
         )
 
-    def _run(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-        return self._render(turns, prompt=prompt)[0]
+    def write(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        """Return what the template writes; raise ``UserError`` if it fails.
 
-    def _render(
-        self, turns: Sequence[Turn], *, prompt: bool = False, spans: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            render: Any = render_jinja_template
-            texts, blocks = render(
-                conversations=[messages],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=spans,
-                **dict(self.tokens),
-            )
-        # A template is a program: it may raise any error of Python.
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise _failed(turns, error) from None
-        except (AttributeError, RecursionError, OverflowError, MemoryError) as error:
-            raise _failed(turns, error) from None
-        return texts[0], blocks[0] if spans else []
+        Args:
+            turns: the conversation.
+            prompt: end the text where a model is to go on.
+        """
+        return run_template(self.template, turns, dict(self.tokens), prompt=prompt)[0]
 
     def _take_apart(self, roles: tuple[Role, ...]) -> tuple[Piece, ...]:
         """Return the pieces of a conversation of these roles, with placeholders for the words."""
         turns = [Turn(role, _PLACEHOLDER.format(i)) for i, role in enumerate(roles)]
         marked = _GENERATION.search(self.template) is not None
-        whole, written = self._render(turns, spans=marked)
+        whole, written = run_template(self.template, turns, dict(self.tokens), spans=marked)
         parts = _PLACED.split(whole)
         if parts[1::2] != [turn.text for turn in turns]:
             raise UserError(
@@ -238,12 +219,10 @@ class Template:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            begin = self._run(turns[:i], prompt=True) if i else ""
-            until = whole if i + 1 == len(turns) else self._run(turns[: i + 1])
-            eos = dict(self.tokens).get("eos_token", "")
-            if eos and until.endswith(eos) and not whole.startswith(until):
-                until = until.removesuffix(eos)  # closes a text, not a turn
             said = whole.index(turn.text)
+            begin = self.write(turns[:i], prompt=True) if i else self._before_first(whole[:said])
+            until = whole if i + 1 == len(turns) else self.write(turns[: i + 1])
+            until = self._open_ended(until, whole)
             if not (
                 whole.startswith(begin)
                 and len(begin) <= said
@@ -258,72 +237,37 @@ class Template:
             spans.append((len(begin), len(until)))
         return spans
 
+    def _before_first(self, before: str) -> str:
+        """Return the part of the text before an assistant's first turn that the assistant reads.
 
-def resolve(spec: Spec, tokenizer: Any) -> Spec:
-    """Return the chat format of a tokenizer for "auto", or ``spec`` itself for anything else.
+        No prompt of a generation precedes such a turn. It begins with the marker of a turn that
+        answers the user.
+        """
+        user, answer = (
+            Turn("user", _PLACEHOLDER.format(0)),
+            Turn("assistant", _PLACEHOLDER.format(1)),
+        )
+        whole, prompt = self.write([user, answer]), self.write([user], prompt=True)
+        question = self._open_ended(self.write([user]), prompt)
+        marker, lead = prompt[len(question) :], whole[len(prompt) :].partition(answer.text)[0]
+        if not (
+            whole.startswith(prompt)
+            and prompt.startswith(question)
+            and before.endswith(marker + lead)
+        ):
+            raise UserError(
+                "the chat template does not show where the assistant's part begins in a "
+                "conversation that the assistant opens; set data.family to a family instead, or "
+                "to a template with {% generation %} blocks"
+            )
+        return before.removesuffix(lead)
 
-    The tokenizer's chat template is taken if it writes the words of the user and of an assistant
-    that reasons as they are, in one and in two rounds. Otherwise the family of ``FAMILIES`` is
-    taken whose markers are tokens of the tokenizer. Without a template and without such a family,
-    the form is "text", for data without conversations.
-
-    Raises:
-        UserError: the template cannot be used, and no family fits.
-    """
-    if spec != AUTO:
-        return spec
-    template = Template.of_tokenizer(tokenizer)
-    reason = None
-    if template is not None:
-        reason = _refusal(template)
-        if reason is None:
-            return template.spec
-    if (name := family_of(tokenizer)) is not None:
-        return name
-    if reason is None:
-        return TEXT_ONLY
-    raise UserError(
-        f"data.family=auto: {reason}. No family has its markers in this tokenizer either; expected "
-        f"one of {sorted(FAMILIES)}, or an inline family with the texts before and after each turn"
-    )
-
-
-def family_of(tokenizer: Any) -> str | None:
-    """Return the family with the most markers, if all are tokens of the tokenizer; else None.
-
-    A family is recognised only by tokens around its turns. BOS and EOS alone, which many
-    tokenizers share, are not enough.
-    """
-    known = [
-        family
-        for family in FAMILIES.values()
-        if any(marker in family.before_response for marker in family.markers)
-        and all(is_one_token(tokenizer, marker) for marker in family.markers)
-    ]
-    return max(known, key=lambda family: len(family.markers)).name if known else None
-
-
-def _refusal(template: Template) -> str | None:
-    """Return why a chat template cannot be used, or None if it can."""
-    opening, closing = template.thinking
-    rounds = [
-        Turn("user", "a question"),
-        Turn("assistant", f"{opening}\nsome thoughts\n{closing}\n\nan answer"),
-        Turn("user", "another question"),
-        Turn("assistant", f"{opening}\nmore thoughts\n{closing}\n\nanother answer"),
-    ]
-    for turns in (rounds[:2], rounds):
-        try:
-            template.render(turns)
-        except UserError as error:
-            return str(error)
-    return None
-
-
-def _failed(turns: Sequence[Turn], error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    roles = ", ".join(turn.role for turn in turns)
-    return UserError(f"the chat template fails for turns of roles {roles}: {reason:.200}")
+    def _open_ended(self, text: str, longer: str) -> str:
+        """Return a rendering without the EOS that closes a text, not a turn."""
+        eos = dict(self.tokens).get("eos_token", "")
+        if eos and text.endswith(eos) and not longer.startswith(text):
+            return text.removesuffix(eos)
+        return text
 
 
 def _marker(text: str, role: Role) -> Piece:

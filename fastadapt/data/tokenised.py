@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
+from fastadapt.data.auto_format import resolve
 from fastadapt.data.rendered import AUTO, Rendered, Spec
 from fastadapt.data.rendering import get_form
 from fastadapt.data.sources import BadRows, Row
-from fastadapt.data.templates import resolve
 from fastadapt.data.tokens import Encoded, Encoder, Markers
 from fastadapt.errors import UserError
 
@@ -113,14 +113,14 @@ class RowTokeniser:
         assert encoded is not None
         n = len(encoded.ids)
         if n < 2:
-            raise UserError(f"the text has {n} token(s); at least 2 are needed. Remove the row")
+            raise UserError(f"the text has {n} token(s), expected at least 2")
         if self._loss == "all" or rendered is None:
             return Tokenised(row, rendered, encoded, [0, n])
         spans = rendered.responses() if self._loss == "assistant" else rendered.reasoning()
         labels = _token_spans(spans, encoded.offsets, len(rendered.text))
         if not labels:
             what = "response" if self._loss == "assistant" else "assistant's reasoning"
-            raise UserError(f"the {what} has no token; remove the row")
+            raise UserError(f"the {what} has no token")
         return Tokenised(row, rendered, encoded, labels)
 
 

@@ -180,11 +180,14 @@ def is_one_token(tokenizer: Any, text: str) -> bool:
 
 def check_markers(tokenizer: Any, form: Form) -> None:
     """Raise ``UserError`` if a marker of a chat format is not one token of the tokenizer."""
+    spec = form.spec
     for marker in form.markers:
         if not is_one_token(tokenizer, marker):
+            inline = not isinstance(spec, str)
+            name = "data.family.markers" if inline else f"data.family={spec!r}"
+            hint = "correct or remove it" if inline else "give the family of this pair"
             raise UserError(
-                f"data.family={form.spec!r:.60}: the tokenizer does not know its marker {marker!r} "
-                "as one token; give the family of this pair"
+                f"{name}: the tokenizer does not know its marker {marker!r} as one token; {hint}"
             )
 
 

@@ -27,7 +27,8 @@ from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
 
 #: Keys that may change when a run is resumed, since they do not affect the weights.
-#: (``data.markers`` does if it changes the tokens, whose digest a resumed run compares.)
+#: (``data.markers`` and ``data.columns`` do if they change the tokens, whose digest a resumed run
+#: compares.)
 #: (``run.threads`` does: it changes the order of sums, and so the bits.)
 FREE_ON_RESUME = frozenset(
     (
@@ -42,7 +43,7 @@ FREE_ON_RESUME = frozenset(
         "run.sinks",
         "objective.checkpoint",
     )
-) | {"data.workers", "pair.offload", "data.markers"}
+) | {"data.workers", "pair.offload", "data.markers", "data.columns"}
 
 #: Key of a pair's configuration that is taken from the command line, never from a file.
 TRUST = "trust_remote_code"

@@ -105,11 +105,26 @@ class TrainingRun:
         return self.log
 
     def record_start(
-        self, checkpoint: Checkpoint | None, passed: list[PassedOver], *, resume: bool
+        self,
+        checkpoint: Checkpoint | None,
+        passed: list[PassedOver],
+        *,
+        resume: bool,
+        no_template: str | None = None,
     ) -> None:
-        """Write the first records of a run, or of its resumption from ``checkpoint``."""
+        """Write the first records of a run, or of its resumption from ``checkpoint``.
+
+        Args:
+            checkpoint: newest checkpoint of the run.
+            passed: damaged checkpoints.
+            resume: the run is resumed.
+            no_template: why the tokenizer's chat template is not the chat format.
+        """
         if not self.log.has("start", 0):
-            self.log.write("start", 0, **state.facts(self))
+            facts = state.facts(self)
+            if no_template is not None:
+                facts |= {"family": self.config.data.family, "no_template": no_template}
+            self.log.write("start", 0, **facts)
         if resume:
             self.log.write(
                 "resume",

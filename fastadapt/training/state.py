@@ -42,7 +42,8 @@ class Scalars(TypedDict):
 _MISMATCH = {
     "data_sha256": "--resume: data.train or data.validation holds other tokens than when the run "
     "began. Pass the data of the original run, or start over with --overwrite. A run of a version "
-    "without data.markers needs --data.markers tokens if its texts hold special tokens.",
+    "without data.markers needs --data.markers tokens if its texts hold special tokens; a run of a "
+    "version that read no system column needs --data.columns with the turns' column alone.",
     "device_type": "--resume: the run began on {then}, now pair.device is {now}; the bits would "
     "differ. Use --pair.device {then}, or start over with --overwrite.",
     "revisions": "--resume: the run began with model revisions {then}, now they are {now}. Name "

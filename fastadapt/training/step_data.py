@@ -175,6 +175,7 @@ class StepData:
                 **part.counts._asdict(),
                 "bad_rows": dict(part.bad.counts),
                 "examples": part.bad.examples,
+                **({"unread": part.unread} if part.unread else {}),
                 **({"trained": n, "share": n / max(sum(trained), 1)} if len(parts) > 1 else {}),
             }
             for part, weight, n in zip(parts, weights, trained, strict=True)

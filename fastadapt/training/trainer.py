@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.auto_format import Choice, choose
 from fastadapt.data.mixtures import check_sources
-from fastadapt.data.rendered import AUTO, Spec
-from fastadapt.data.templates import resolve as resolve_family
+from fastadapt.data.rendered import AUTO
 from fastadapt.distributed.offload import group_of_one, offload
 from fastadapt.distributed.ranks import ALONE, Ranks, joined
 from fastadapt.distributed.sharding import shard
@@ -96,7 +96,7 @@ def train(
         checkpoint, passed = (
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
-        config = _with_family(config, folder, ranks, resume=resume)
+        config, reason = _with_family(config, folder, ranks, resume=resume)
         check_sources(config.data)  # before minutes of reading weights
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device)
@@ -109,7 +109,7 @@ def train(
         if not resume:
             ranks.on_main(lambda: run_dir.start_afresh(folder, config))
         with closing(data), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
-            run.record_start(checkpoint, passed, resume=resume)
+            run.record_start(checkpoint, passed, resume=resume, no_template=reason)
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not ranks.any(stopping.is_set()):
                 run.advance()
@@ -118,24 +118,27 @@ def train(
             return run.finish() if run.done else run.interrupted(caught)
 
 
-def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: bool) -> TrainConfig:
+def _with_family(
+    config: TrainConfig, folder: Path, ranks: Ranks, *, resume: bool
+) -> tuple[TrainConfig, str | None]:
     """Return the configuration with the chat format for which ``data.family`` "auto" stands.
 
-    A resumed run keeps its format, whatever the tokenizer's template is by now.
+    A resumed run keeps its format, whatever the tokenizer's template is by now. Also return why
+    the tokenizer's chat template is not that format.
     """
     if config.data.family != AUTO:
-        return config
+        return config, None
 
-    def find() -> Spec:
+    def find() -> Choice:
         if resume:
-            return load_config(folder / run_dir.CONFIG).data.family
+            return Choice(load_config(folder / run_dir.CONFIG).data.family)
         sources = Sources.find(config.pair)
         sources.configs()  # a model that cannot be read is named before its tokenizer
-        return resolve_family(AUTO, sources.tokenizer())
+        return choose(sources.tokenizer())
 
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, family=ranks.on_main(find))
-    )
+    family, reason = ranks.on_main(find)
+    data = dataclasses.replace(config.data, family=family)
+    return dataclasses.replace(config, data=data), reason
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROWS: list[Any] = [
     {"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]},
     {"messages": [{"role": "user", "content": "1 + 1"}]},
@@ -29,6 +31,7 @@ def test_a_source_is_shown_as_a_run_reads_it(fastadapt: Callable[..., Any], tmp_
     assert "1 of 3 rows would be used" in outcome.out
     assert "more than data.max_tokens=20 tokens" in outcome.out
     assert "expected a turn of the assistant, got none" in outcome.out
+    assert "Lengths of 2 texts, those that are too long included:" in outcome.out
 
 
 def test_the_base_of_a_whole_model_is_not_needed(
@@ -41,3 +44,69 @@ def test_the_base_of_a_whole_model_is_not_needed(
     folder = fastadapt(*data, str(FOLDER / "target"))
     assert named.code == folder.code == 0, folder.err
     assert named.out == folder.out
+
+
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "latin.jsonl": ('{"text": "é a"}\n'.encode("latin-1"), "line 1: not UTF-8 at byte 10"),
+    "wide.jsonl": ('{"text": "a b"}\n'.encode("utf-16"), "line 1: not UTF-8 at byte 0"),
+    "ragged.csv": (b"text,other\na b\n", "row 1: expected 2 cells, as in the first line, got 1"),
+    "list.json": (b"[[1, 2]]", "row 1: expected a JSON object, got list"),
+    "alone.jsonl": (b'{"messages": [{"role": "user", "content": "1"}]}', "line 1: messages: expec"),
+    "ids.jsonl": (b'{"input_ids": [3, 99999]}', "line 1: the text: expected tokens below"),
+    "negative.jsonl": (b'{"input_ids": [3, -1]}', "line 1: input_ids: expected a list of token id"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_source_without_a_row_to_use_is_an_error(
+    name: str, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    content, reason = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    outcome = fastadapt("data", "inspect", str(tmp_path / name), "--pair", "organism")
+    assert outcome.code == 2
+    assert f" rows can be used; the first: {tmp_path / name}, {reason}" in outcome.err
+    assert outcome.out == ""
+
+
+def test_texts_that_are_all_too_long_are_an_error(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(ROWS[0]) + "\n")
+    command = ["data", "inspect", str(source), "--pair", "organism", "--max_tokens", "2"]
+    outcome = fastadapt(*command)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "of 1 rows none fits into data.max_tokens=2: the shortest has" in outcome.err
+
+
+def test_a_token_beyond_the_model_is_left_out(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Training refuses such a source, with the same words."""
+    source = tmp_path / "rows.jsonl"
+    rows = [{"input_ids": [3, 4, 5], "id": 7}, {"input_ids": [3, 99999]}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = fastadapt("data", "inspect", str(source), "--pair", "organism")
+    assert outcome.code == 0, outcome.err
+    assert "not read: 'id'" in outcome.out
+    assert "1 of 2 rows would be used: 3 tokens" in outcome.out
+    assert "line 2: the text: expected tokens below" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--loss", "answer", "one of all, assistant, thinking"),
+        ("--markers", "words", "one of text, tokens"),
+        ("--family", "nosuch", "one of auto, text, gemma"),
+        ("--max_tokens", "1", "2 or more"),
+    ],
+)
+def test_a_wrong_value_is_of_an_option_that_inspect_has(
+    option: str, value: str, expected: str, fastadapt: Callable[..., Any]
+) -> None:
+    outcome = fastadapt("data", "inspect", "rows.jsonl", "--pair", "organism", option, value)
+    assert outcome.code == 2
+    assert f"{option}: expected {expected}" in outcome.err
+    assert "data." not in outcome.err

@@ -102,6 +102,17 @@ def test_rows_that_are_left_out_and_shares_are_said() -> None:
     ]
 
 
+def test_what_is_not_read_and_a_family_for_a_template_are_said() -> None:
+    stream = io.StringIO()
+    source = {"source": "a.jsonl", "bad": 0, "beyond_model": 0, "read": 9, "unread": ["'tools'"]}
+    start = {"kind": "start", "step": 0, "steps": 4, "sources": [source]}
+    Progress(stream).record({**start, "family": "qwen3", "no_template": "the template drops turns"})
+    assert stream.getvalue().splitlines() == [
+        "data.family auto is the family qwen3: the template drops turns",
+        "a.jsonl: not read: 'tools'",
+    ]
+
+
 def test_numbers_that_are_not_there_are_dashes() -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:

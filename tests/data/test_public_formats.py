@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
+from fastadapt.data.layouts import PEEKED
 from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.data.sources import Source, read_contents
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 
@@ -242,6 +244,45 @@ ROWS = [
         "0000000000011",
     ),
     Row(
+        "a system column beside turns",
+        {"system": "be brief", **sharegpt(("human", "what"), ("gpt", "three"))},
+        [*SYSTEM, 20, 1, 9, 21, 20, 2, 6, 21],
+        "0000000000011",
+    ),
+    Row(
+        "a system column that says what the system turn says",
+        {
+            "system_prompt": "be brief ",
+            **messages(("system", "be brief"), ("user", "what"), ("assistant", "three")),
+        },
+        [*SYSTEM, 20, 1, 9, 21, 20, 2, 6, 21],
+        "0000000000011",
+    ),
+    Row(
+        "a system column beside turns as prompt and completion",
+        {
+            "system": "be brief",
+            "prompt": [{"role": "user", "content": "what"}],
+            "completion": [{"role": "assistant", "content": "three"}],
+        },
+        [*SYSTEM, 20, 1, 9, 21, 20, 2, 6, 21],
+        "0000000000011",
+    ),
+    Row(
+        "a column of turns by name is read alone, as by earlier versions",
+        {"system": "be brief", **messages(("user", "what"), ("assistant", "three"))},
+        [20, 1, 9, 21, 20, 2, 6, 21],
+        "00000011",
+        {"columns": "messages"},
+    ),
+    Row(
+        "a system column and one of turns by name",
+        {"system": "be brief", "text": "one", **messages(("user", "what"), ("assistant", "three"))},
+        [*SYSTEM, 20, 1, 9, 21, 20, 2, 6, 21],
+        "0000000000011",
+        {"columns": "system,messages"},
+    ),
+    Row(
         "columns of ultrachat",
         {"prompt": "unused", "prompt_id": "f0", **messages(("user", "what"), ANSWERED)},
         [20, 1, 9, 21, 20, 2, 6, 21],
@@ -360,6 +401,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"several columns may hold the data \(conversation in 'messages'; text in 'text'\); set "
         r"data\.columns \(other commands: --columns\) to messages or text",
     ),
+    "two system turns": (
+        {"system": "be brief", **messages(("system", "hello"), ("user", "what"), ANSWERED)},
+        r"line 1: system: expected one system turn, got another one here than before the other",
+    ),
     "two responses": (
         {"prompt": "what", "response": "one", "completion": "two"},
         r"set data\.columns \(other commands: --columns\) to prompt,response or prompt,completion",
@@ -395,8 +440,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         messages(("user", "one"), ("system", "two"), ("assistant", "three")),
         r"turn 2: a system turn can only be the first turn",
     ),
-    "one token": ({"text": "one"}, r"line 1: the text has 1 token\(s\)"),
-    "ids that are none": ({"input_ids": [1, -2]}, r"the columns are 'input_ids'"),
+    "one token": (
+        {"text": "one"},
+        r"has 1 token\(s\), expected at least 2 \(--data\.bad_rows skip leaves such rows out\)",
+    ),
+    "ids that are none": (
+        {"input_ids": [1, -2]},
+        r"line 1: input_ids: expected a list of token ids",
+    ),
     "blank text": ({"text": " \n"}, r"line 1: text is empty"),
     "half a pair": (
         messages(("user", "\ud800"), ("assistant", "one")),
@@ -411,6 +462,29 @@ def test_a_row_that_cannot_be_read_says_why(case: str, tokenizer: Any, tmp_path:
     with pytest.raises(UserError, match=message) as caught:
         load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_column_of_later_rows_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [*[messages(("user", "what"), ANSWERED)] * PEEKED, ROWS[4].row]
+    later = {"system": "be brief", **messages(("user", "what"), ANSWERED)}
+    sequences = load(write_rows(tmp_path / "rows.jsonl", [*rows, later]), tokenizer)
+    assert shown(sequences[PEEKED]) == shown(sequences[PEEKED + 1])
+    assert len(sequences[0].input_ids) < len(sequences[PEEKED].input_ids)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "arrow"])
+def test_what_is_not_read_is_named(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    row = {"id": "a", "tools": [{"name": "f"}], "system": 3, **messages(("user", "what"), ANSWERED)}
+    row["messages"][1] |= {"weight": 0, "name": "somebody"}
+    FILES[name](tmp_path / name, [row])
+    sequences = load(str(tmp_path / name), tokenizer)
+    assert sequences.unread == ["'tools'", "'system'", "'weight' of turns"]
+    layout, _ = read_contents(Source(str(tmp_path / name)))
+    assert layout is not None
+    every = ["'id'", "'tools'", "'system'", "'weight' of turns", "'name' of turns"]
+    assert layout.unread() == every
+    plain = load(write_rows(tmp_path / "plain.jsonl", [{"id": "a", **GOOD}]), tokenizer)
+    assert plain.unread == []
 
 
 def test_bad_rows_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_the_parts_meet_where_the_response_begins() -> None:
     ("turns", "message"),
     [
         (None, "expected a list of turns, got null"),
-        ("hello", "expected a list of turns, got str"),
+        ("hello", "expected a list of turns, got str; write the rows as JSON lines"),
         ([], "expected at least one turn, got an empty conversation"),
         (conversation()[:1], "expected a turn of the assistant, got none"),
         (

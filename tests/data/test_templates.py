@@ -9,11 +9,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastadapt.data.auto_format import choose, resolve
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
 from fastadapt.data.rendering import get_form
-from fastadapt.data.templates import Template, resolve
+from fastadapt.data.templates import Template
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 
@@ -161,6 +162,41 @@ def test_generation_blocks_give_the_assistants_part() -> None:
         empty.render(ROUNDS)
 
 
+OPENED = [Turn("assistant", "hello"), *ROUNDS]
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_the_assistants_part_of_a_conversation_that_it_opens(name: str, n: int) -> None:
+    expected = written(FAMILIES[name].render(OPENED[:n]))
+    actual = written(template(name).render(OPENED[:n]))
+    actual[-1] = actual[-1].removesuffix(EOS) if name == "phi3" else actual[-1]
+    assert actual == expected
+    assert len(expected) == n // 2 + 1
+
+
+def test_a_default_system_turn_is_no_part_of_an_opening() -> None:
+    default = Template(DEFAULT_SYSTEM + TEMPLATES["qwen"][0])
+    rendered = default.render(OPENED)
+    assert rendered.text.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant")
+    assert written(rendered)[0] == "hello<|im_end|>\n"
+    assert written(rendered)[1:] == written(default.render(ROUNDS))
+
+
+def test_an_opening_whose_beginning_is_unknown_is_refused() -> None:
+    greeting = Template(
+        "{% for m in messages %}{% if loop.first and m.role == 'assistant' %}<|greeting|>"
+        "{% else %}<|{{ m.role }}|>{% endif %}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert written(greeting.render(ROUNDS)) == [turn.text + "\n" for turn in ROUNDS[1::2]]
+    with pytest.raises(UserError, match="not show where the assistant's part begins"):
+        greeting.render(OPENED)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -217,6 +253,36 @@ def test_auto_takes_the_family_where_the_template_loses_reasoning(
     assert all(turn.text in get_form(family).render(ROUNDS).text for turn in ROUNDS)
 
 
+UPPER = TEMPLATES["qwen"][0].replace("m.content", "m.content | upper")
+FAULTS = {
+    "{{ raise_exception('only user allowed') }}": "the chat template fails .*: only user allowed",
+    "{% for m in messages %}{{ m.content }": "the chat template fails",
+    UPPER: "the chat template does not write the words of the user as they are",
+    UPPER.replace(
+        "upper", "e"
+    ): "the chat template does not write the words of the user as they are",
+    "hello": "the chat template does not write the words of the user as they are",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_no_family_stands_for_a_template_with_a_fault(text: str) -> None:
+    tokenizer = tokenizer_with(FAMILIES["qwen3"].markers, text)
+    message = rf"data\.family=auto: {FAULTS[text]}.* Give data\.family qwen3, whose markers this"
+    with pytest.raises(UserError, match=message):
+        resolve("auto", tokenizer)
+    assert resolve("qwen3", tokenizer) == "qwen3"
+
+
+def test_a_choice_says_why_the_template_does_not_serve() -> None:
+    lossy = choose(tokenizer_with(FAMILIES["qwen3"].markers, LATEST_ONLY))
+    assert (lossy.spec, lossy.reason is None) == ("qwen3", False)
+    assert str(lossy.reason).startswith("the chat template does not copy every turn unchanged")
+    assert "set data.family" not in str(lossy.reason)
+    assert choose(tokenizer_with(FAMILIES["qwen3"].markers)) == ("qwen3", None)
+    assert choose(tokenizer_with(FAMILIES["qwen"].markers, TEMPLATES["qwen"][0])).reason is None
+
+
 @pytest.mark.parametrize("family", ["llama2", "olmo2"])
 def test_markers_that_many_tokenizers_share_name_no_family(family: str) -> None:
     assert resolve("auto", tokenizer_with(FAMILIES[family].markers)) == "text"
@@ -254,7 +320,9 @@ def test_an_inline_family_from_yaml() -> None:
     assert [rendered.text[a:b] for a, b in rendered.reasoning()] == ["<r>so</r>"]
     assert get_form(form.spec) == form
     Encoder(tokenizer_with(form.markers), form)
-    with pytest.raises(UserError, match=r"does not know its marker '<\|user\|>' as one token"):
+    with pytest.raises(
+        UserError, match=r"^data\.family\.markers: .* '<\|user\|>' as one token; corr"
+    ):
         Encoder(tokenizer_with([]), form)
 
 

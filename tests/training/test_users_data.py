@@ -138,6 +138,30 @@ def test_a_run_of_an_older_version_resumes(
     assert_same_run(tmp_path / "old", tmp_path / "whole")
 
 
+def test_a_run_that_read_no_system_column_resumes(
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
+) -> None:
+    """Earlier versions left such a column out and recorded no column of turns."""
+    rows = map(json.loads, (tiny_pair / "train.jsonl").read_text().splitlines())
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"system": "w1 w2", **row}) + "\n" for row in rows))
+    settings = {"data.train": str(path), "optimizer.max_steps": 4}
+    before = tiny_config(**settings, **{"data.columns": "conversations"})
+    whole, old, stop = into(before, tmp_path / "whole"), into(before, tmp_path / "old"), Event()
+    train(whole)
+    train(old, stop=stop, sinks=[stop_after(stop, 3)])
+    for name in ("whole", "old"):
+        recorded = tmp_path / name / "config.yaml"
+        values = yaml.safe_load(recorded.read_text())
+        values["data"]["columns"] = None
+        recorded.write_text(yaml.safe_dump(values))
+    now = into(tiny_config(**settings), tmp_path / "old")
+    with pytest.raises(UserError, match=r"read no system column needs --data\.columns with the"):
+        train(now, resume=True)
+    train(old, resume=True)
+    assert_same_run(tmp_path / "old", tmp_path / "whole")
+
+
 def test_sources_are_looked_at_before_weights(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

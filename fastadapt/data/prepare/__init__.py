@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data.contents import Kind
+from fastadapt.data.layouts import Kind
 from fastadapt.data.prepare import output_folder
 from fastadapt.data.prepare.candidate_store import RESUME_ADVICE, CandidateStore
 from fastadapt.data.prepare.filter_pass import OPTIONAL, FilterPass, Record, Sink
@@ -145,8 +145,10 @@ def _settings(config: PrepareConfig, stream: SourceStream, tokenizer: Any) -> Re
         del values[name]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     definition = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+    systems = stream.layout.system_columns
     return {
         **values,
+        **({"system_columns": list(systems)} if systems else {}),
         "source": stream.identity,
         "tokenizer_sha256": hashlib.sha256(definition.encode()).hexdigest(),
         "fastadapt": version("fastadapt"),

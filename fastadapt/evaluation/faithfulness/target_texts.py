@@ -9,10 +9,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data import templates
+from fastadapt.data import auto_format
 from fastadapt.data.rendered import Prefill
 from fastadapt.data.rendering import get_form, opening_of
-from fastadapt.data.sources import Policy, Source
+from fastadapt.data.sources import BadRows, Policy, Source, read_contents
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
 from fastadapt.evaluation.faithfulness.texts import Text
@@ -86,8 +86,11 @@ def target_texts(
     prompts = load_prompts(read_as, tokenizer, family, config.n, bad_rows=bad_rows, prefill=prefill)
     sha256 = models.fingerprint("target")
     facts: tuple[Any, ...] = (sha256, source, default, family, sampling.fingerprint())
-    if opening := opening_of(get_form(templates.resolve(family, tokenizer)), prefill):
+    if opening := opening_of(get_form(auto_format.resolve(family, tokenizer)), prefill):
         facts += (opening,)  # without, the file is that of versions that had no opening
+    layout, _ = read_contents(read_as, bad=BadRows("skip"))
+    if layout is not None and layout.system_columns:
+        facts += (layout.system_columns,)  # earlier versions did not read them
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     requests = [Request(prompt.id, tuple(prompt.ids)) for prompt in prompts]
     with models.generating("target") as model:

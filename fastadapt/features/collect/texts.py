@@ -78,6 +78,10 @@ class Source:
         for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
             if settings[name] == default:
                 del settings[name]  # as in collections of earlier versions
+        if files is not None:
+            layout, _ = sources.read_contents(self.read_as(), bad=sources.BadRows("skip"))
+            if layout is not None and layout.system_columns:
+                settings["system_columns"] = layout.system_columns
         sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in files or ():
             sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
