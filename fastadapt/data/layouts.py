@@ -160,14 +160,16 @@ def find_layout(rows: Sequence[Mapping[str, Any]], columns: str | None, where: s
     """
     names = tuple(dict.fromkeys(name for row in rows for name in row))
     examples = {name: _first(rows, name) for name in names}
-    find = _recognised if columns is None else _chosen
-    layout = find(columns, examples, where)
+    if columns is None:
+        layout = _recognised(examples, where)
+    else:
+        layout = _chosen(columns, examples, where)
     turns = () if layout.kind in ("text", "token ids") else layout.columns
     keys = unread_keys(row.get(name) for row in rows for name in turns)
     return replace(layout, names=names, keys=keys)
 
 
-def _recognised(_: None, examples: Mapping[str, Any], where: str) -> Layout:
+def _recognised(examples: Mapping[str, Any], where: str) -> Layout:
     systems = _systems(examples)
     candidates = [
         *(Layout("conversation", (n,), systems) for n in CONVERSATIONS if is_list(examples.get(n))),
