@@ -159,11 +159,8 @@ def find_layout(rows: Sequence[Mapping[str, Any]], columns: str | None, where: s
         ('question', 'answer')
     """
     names = tuple(dict.fromkeys(name for row in rows for name in row))
-    examples = {name: _first(rows, name) for name in names}
-    if columns is None:
-        layout = _recognised(examples, where)
-    else:
-        layout = _chosen(columns, examples, where)
+    shown = {name: _first(rows, name) for name in names}
+    layout = _recognised(shown, where) if columns is None else _chosen(columns, shown, where)
     turns = () if layout.kind in ("text", "token ids") else layout.columns
     keys = unread_keys(row.get(name) for row in rows for name in turns)
     return replace(layout, names=names, keys=keys)
