@@ -211,6 +211,27 @@ def difference(a: Intervals, b: Intervals) -> Intervals:
     return Intervals(mean, mean - low, mean + high)
 
 
+def paired_difference(
+    a: Tensor, b: Tensor, counts: Tensor, config: BootstrapConfig | None = None
+) -> Intervals:
+    """Return the interval of the difference of two proportions that are paired by unit.
+
+    It is that of :func:`ratio` of ``a - b``, whose ends lie at most as far out as those of
+    :func:`difference` of the two proportions. The latter, for independent samples, is wide for
+    paired ones, but exists if hardly a unit differs, where the former is without a bound.
+
+    Args:
+        a, b: ``[..., n]``: each unit's sums of values in 0..1.
+        counts: ``[n]``: number of terms of each sum.
+        config: settings of the intervals.
+    """
+    paired = ratio(a - b, counts, config=config)
+    apart = difference(*(ratio(each, counts, bounds=(0.0, 1.0), config=config) for each in (a, b)))
+    return Intervals(
+        paired.mean, torch.fmax(paired.low, apart.low), torch.fmin(paired.high, apart.high)
+    )
+
+
 def quotient(a: Intervals, b: Intervals) -> Intervals:
     """Return the interval of ``a / b`` by MOVER-R (Donner and Zou 2012, eq. 9).
 

@@ -278,7 +278,7 @@ def test_no_place_is_left_without_a_match() -> None:
     chosen, _ = match(places, exact, caliper=0.0, seed=0)
     assert sorted(chosen.tolist()) == list(range(12))
     few = Candidates(candidates.text[:11], candidates.entropy[:11])
-    with pytest.raises(UserError, match=r"at least 12 places .* got 11; give more texts"):
+    with pytest.raises(UserError, match=r"at least 12 positions .* got 11; give more texts"):
         match(places, few, caliper=0.0, seed=0)
 
 

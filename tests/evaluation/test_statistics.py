@@ -15,6 +15,7 @@ from fastadapt.evaluation.statistics import (
     BootstrapConfig,
     Intervals,
     most_of_none,
+    paired_difference,
     ratio,
     recovered,
     wilson,
@@ -222,5 +223,25 @@ def test_bad_input() -> None:
         BootstrapConfig(level=95)
     with pytest.raises(UserError, match=r"statistics\.resamples: expected 200 or more, got 10"):
         BootstrapConfig(resamples=10)
-    with pytest.raises(ValueError, match="expected finite numbers"):
+    with pytest.raises(ValueError, match="expected finite values"):
         ratio(torch.tensor([1.0, math.nan]), torch.ones(2))
+
+
+def test_paired_differences_have_ends_where_hardly_a_unit_differs() -> None:
+    """One of 150 units differs: the paired interval alone has ends beyond all differences."""
+    a, b, counts = (torch.zeros(150, dtype=torch.float64) for _ in range(3))
+    a[0], counts[:] = 0.9, 1
+    b[:] = 1e-4
+    alone = ratio(a - b, counts)
+    assert alone.high > 0.5
+    got = paired_difference(a, b, counts)
+    assert 0 < got.low < got.mean < got.high < 0.05
+
+
+def test_paired_differences_are_those_of_their_ratio_where_many_units_differ() -> None:
+    draw = torch.Generator().manual_seed(0)
+    both = torch.rand(200, generator=draw).double()
+    a, counts = (both + 0.2).clamp(max=1), torch.ones(200, dtype=torch.float64)
+    assert torch.equal(
+        torch.stack(paired_difference(a, both, counts)), torch.stack(ratio(a - both, counts))
+    )

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from fastadapt.evaluation.contrast.places import Place, Rows
 from fastadapt.evaluation.contrast.summary import Contrast
-from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, difference, ratio
+from fastadapt.evaluation.statistics import (
+    BootstrapConfig,
+    Intervals,
+    difference,
+    paired_difference,
+)
 
 
 def gate_effects(
@@ -49,8 +54,11 @@ def gate_effects(
     index = {name: i for i, name in enumerate(names)}
     arms = [index[name] for name in references]
     before = [index[name] for name in references.values()]
-    values = torch.cat([labelled - matched, labelled[before] - labelled[arms]])
-    on, off = (_means(values, places, rows.text, n_texts, gate, config) for gate in (True, False))
+    first, second = torch.cat([labelled, labelled[before]]), torch.cat([matched, labelled[arms]])
+    on, off = (
+        _differences(first, second, places, rows.text, n_texts, gate, config)
+        for gate in (True, False)
+    )
     gaps = difference(on, off).plain()
     result: dict[str, dict[str, Any]] = {name: {"contrast": gaps[index[name]]} for name in names}
     for i, name in enumerate(references, len(names)):
@@ -62,15 +70,19 @@ def gate_effects(
     return result
 
 
-def _means(
-    values: Tensor,
+def _differences(
+    first: Tensor,
+    second: Tensor,
     places: Sequence[Place],
     text: Tensor,
     n_texts: int,
     gate: bool,
     config: BootstrapConfig | None,
 ) -> Intervals:
-    """Average values ``[M, N]`` over the labelled positions with the gate on, or off."""
+    """Return the mean differences of values ``[M, N]`` in 0..1, over places with a gate's state."""
     chosen = torch.tensor([place.gate is gate for place in places])
-    sums = values.new_zeros(len(values), n_texts).index_add_(1, text[chosen], values[:, chosen])
-    return ratio(sums, torch.bincount(text[chosen], minlength=n_texts), config=config)
+    sums = [
+        each.new_zeros(len(each), n_texts).index_add_(1, text[chosen], each[:, chosen])
+        for each in (first, second)
+    ]
+    return paired_difference(*sums, torch.bincount(text[chosen], minlength=n_texts), config)

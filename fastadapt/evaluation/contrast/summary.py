@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.evaluation.contrast.places import Place, Rows
-from fastadapt.evaluation.statistics import BootstrapConfig, ratio, recovered
+from fastadapt.evaluation.statistics import BootstrapConfig, paired_difference, ratio, recovered
 
 ALL = "all"  # key of the places of every kind
 _SHARE = (0.0, 1.0)
@@ -150,7 +150,7 @@ class _Sums:
         labelled, matched = self._labelled[..., column], self._matched[..., column]
         groups = [
             *self._means(torch.stack([labelled, matched]), bounds=_SHARE),
-            self._means(labelled - matched),
+            paired_difference(labelled, matched, self._counts, self._config).plain(),
         ]
         keys = ("labelled", "matched", "difference")
         by_model = (dict(zip(keys, each, strict=True)) for each in zip(*groups, strict=True))
