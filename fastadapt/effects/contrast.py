@@ -475,7 +475,7 @@ def _interactions(
 
 
 def unions_of(sets: Mapping[str, FeatureSet]) -> list[Union]:
-    """Return the sets that are the union of two others without a common feature.
+    """Return the sets that are the union of two smaller ones.
 
     Example:
         >>> make = partial(FeatureSet.from_pairs, adapter="", shape=(2, 9), expression="")
@@ -487,5 +487,5 @@ def unions_of(sets: Mapping[str, FeatureSet]) -> list[Union]:
         Union(whole, (a, b))
         for whole in pairs
         for a, b in combinations([name for name in pairs if name != whole], 2)
-        if pairs[a] and pairs[b] and not pairs[a] & pairs[b] and pairs[a] | pairs[b] == pairs[whole]
+        if pairs[a] < pairs[whole] > pairs[b] and pairs[a] | pairs[b] == pairs[whole]
     ]

@@ -14,7 +14,7 @@ from fastadapt.evaluation.statistics import BootstrapConfig, recovered
 
 
 class Union(NamedTuple):
-    """A union of disjoint sets of features, by the names of the models that have them alone."""
+    """A union of sets of features, by the names of the models that have them alone."""
 
     whole: str
     parts: tuple[str, ...]
@@ -41,7 +41,8 @@ def interactions(
 
     Returns:
         For each union the interval of ``(whole - bias) - Σ (part - bias)``, as a share of the
-        target's contrast over the hybrid's. Above 0, the parts need each other; at 0 they add up.
+        target's contrast over the hybrid's. Above 0, the parts need each other; at 0 they add up. A
+        feature of both parts counts twice.
     """
 
     def by_text(name: str) -> Tensor:
