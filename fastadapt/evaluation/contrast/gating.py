@@ -81,8 +81,8 @@ def _differences(
 ) -> Intervals:
     """Return the mean differences of values ``[M, N]`` in 0..1, over places with a gate's state."""
     chosen = torch.tensor([place.gate is gate for place in places])
-    sums = [
+    a, b = (
         each.new_zeros(len(each), n_texts).index_add_(1, text[chosen], each[:, chosen])
         for each in (first, second)
-    ]
-    return paired_difference(*sums, torch.bincount(text[chosen], minlength=n_texts), config)
+    )
+    return paired_difference(a, b, torch.bincount(text[chosen], minlength=n_texts), config)
