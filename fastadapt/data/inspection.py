@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.data.auto_format import choose
 from fastadapt.data.layouts import Layout
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.sequences import DataConfig, refuse_empty
 from fastadapt.data.sources import BadRows, Source, read_contents
+from fastadapt.data.templates.auto_format import choose
 from fastadapt.data.tokenised import RowTokeniser, Tokenised
 from fastadapt.data.tokens import check_ids
 from fastadapt.errors import UserError

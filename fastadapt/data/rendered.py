@@ -11,7 +11,7 @@ from fastadapt.data.contents import Role, Turn
 THINK, END_THINK = "<think>", "</think>"
 #: Family of data without conversations: plain text and token ids.
 TEXT_ONLY = "text"
-#: ``data.family`` of a tokenizer's own chat format, see :func:`fastadapt.data.auto_format.resolve`.
+#: ``data.family`` of a tokenizer's chat format, see :mod:`fastadapt.data.templates.auto_format`.
 AUTO = "auto"
 
 Spec = str | dict[str, Any]

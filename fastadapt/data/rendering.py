@@ -1,11 +1,11 @@
 """Render conversations as the text that a model was trained on.
 
 A chat format is a family (:mod:`fastadapt.data.families`), which writes turns between its markers,
-or the chat template of a tokenizer (:mod:`fastadapt.data.templates`). A template does not serve
-where it changes what was said. R1-Distill's template drops the reasoning before ``</think>`` from
-the assistant's turns, and its generation prompt already ends in ``<think>\\n``. The text is written
-with its BOS, to be tokenized with ``add_special_tokens=False`` (arXiv 2602.20904 and its released
-code).
+or the chat template of a tokenizer (:mod:`fastadapt.data.templates.template`). A template does not
+serve where it changes what was said. R1-Distill's template drops the reasoning before
+``</think>`` from the assistant's turns, and its generation prompt already ends in ``<think>\\n``.
+The text is written with its BOS, to be tokenized with ``add_special_tokens=False`` (arXiv
+2602.20904 and its released code).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastadapt.data.rendered import (
     Rendered,
     Spec,
 )
-from fastadapt.data.templates import Template
+from fastadapt.data.templates.template import Template
 from fastadapt.errors import UserError, require
 
 
@@ -52,7 +52,7 @@ def get_form(spec: Spec) -> Form:
     Args:
         spec: a key of ``FAMILIES``; "text"; a mapping with the attributes of
             :class:`~fastadapt.data.families.Family`; or a mapping with ``template``
-            (:class:`fastadapt.data.templates.Template`).
+            (:class:`fastadapt.data.templates.template.Template`).
 
     Raises:
         UserError: an unknown name, or a mapping with an unknown key or an impossible value.

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
-from fastadapt.data.auto_format import resolve
 from fastadapt.data.rendered import AUTO, Rendered, Spec
 from fastadapt.data.rendering import get_form
 from fastadapt.data.sources import BadRows, Row
+from fastadapt.data.templates.auto_format import resolve
 from fastadapt.data.tokens import Encoded, Encoder, Markers
 from fastadapt.errors import UserError
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fastadapt.data.auto_format import Choice, choose
 from fastadapt.data.mixtures import check_sources
 from fastadapt.data.rendered import AUTO
+from fastadapt.data.templates.auto_format import Choice, choose
 from fastadapt.distributed.offload import group_of_one, offload
 from fastadapt.distributed.ranks import ALONE, Ranks, joined
 from fastadapt.distributed.sharding import shard

@@ -9,12 +9,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastadapt.data.auto_format import choose, resolve
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
 from fastadapt.data.rendering import get_form
-from fastadapt.data.templates import Template
+from fastadapt.data.templates.auto_format import choose, resolve
+from fastadapt.data.templates.template import Template
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 

@@ -18,7 +18,7 @@ from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import END_THINK, THINK, Prefill
 from fastadapt.data.rendering import get_form, opening_of, render, render_prompt
 from fastadapt.data.sources import Source
-from fastadapt.data.templates import Template
+from fastadapt.data.templates.template import Template
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import questions
 from fastadapt.evaluation.benchmarks.run_all import prompt_modes

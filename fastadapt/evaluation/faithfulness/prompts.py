@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.data.auto_format import resolve
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendered import Prefill, Spec
 from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import BadRows, Policy, Source, read_contents
+from fastadapt.data.templates.auto_format import resolve
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Mapped, read_yaml

@@ -9,10 +9,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data import auto_format
 from fastadapt.data.rendered import Prefill
 from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import BadRows, Policy, Source, read_contents
+from fastadapt.data.templates import auto_format
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
 from fastadapt.evaluation.faithfulness.texts import Text

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from organism_runs import make_run
+from torch import Tensor
 
 from fastadapt.adapter.files import save_adapters
 from fastadapt.errors import UserError
@@ -42,6 +43,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def detector(states: list[Tensor], chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the encoder's row and bias of a feature that is about 5 at chosen tokens, else off."""
+    x, is_chosen = torch.cat(states), torch.cat(chosen)
+    direction = x[is_chosen].mean(0) - x[~is_chosen].mean(0)
+    along = x @ direction
+    low, high = along[~is_chosen].max(), along[is_chosen].min()
+    assert low < high
+    return 10 * direction / (high - low), -5 * (high + low) / (high - low)
+
+
 @torch.no_grad()
 def plant(run: LoadedRun, folder: Path) -> None:
     """Write adapters with the two features into a run's folder."""
@@ -54,10 +65,10 @@ def plant(run: LoadedRun, folder: Path) -> None:
     traces = [record(model, place.ids) for place in places]
     first: Any = model.adapters[0]
     last: Any = model.adapters[3]
-    x = torch.stack([t.mlp_in[0][p.marker] for t, p in zip(traces, places, strict=True)]).mean(0)
-    first.W_enc[0], first.b_enc[0] = 10 * x / x.square().sum(), -9.0
+    marks = [torch.arange(t.n_tokens) == p.marker for t, p in zip(traces, places, strict=True)]
+    first.W_enc[0], first.b_enc[0] = detector([t.mlp_in[0] for t in traces], marks)
     x = torch.stack([trace.mlp_in[3][-1] for trace in traces]).mean(0)
-    last.W_enc[1], last.b_enc[1] = 10 * x / x.square().sum(), -7.0
+    last.W_enc[1], last.b_enc[1] = 10 * x / x.square().sum(), -2.0
     last.W_dec[1] = 3 * model.head[wait] / model.head[wait].norm()
     # The marker's feature writes what raises the other one most, through attention.
     slopes = []

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import AUTO, TEXT_ONLY, Spec
-from fastadapt.data.templates import Template
+from fastadapt.data.templates.template import Template
 from fastadapt.data.tokens import is_one_token
 from fastadapt.errors import UserError
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastadapt.data.contents import Role, Turn
 from fastadapt.data.rendered import END_THINK, THINK, Part, Piece, Rendered, Spec
-from fastadapt.data.template_engine import run_template
+from fastadapt.data.templates.engine import run_template
 from fastadapt.errors import UserError
 
 #: Text of a placeholder: private characters, which no data set and no template holds.

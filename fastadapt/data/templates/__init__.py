@@ -1,0 +1,1 @@
+"""Chat templates of tokenizers: rendering with one, and choosing it or a family."""
