@@ -115,15 +115,21 @@ def measure_gate(
         progress: called with the number of measured places.
 
     Raises:
-        UserError: the run has no store of features, or is none of the gated pair.
+        UserError: the run has no store of features, is none of the gated pair, or has no feature at
+            the marker.
     """
     if run.store is None:
         raise UserError("expected a run with collected features; run fastadapt features collect")
     places = gated_places(run, n, seed)
     strings = token_strings(run.pair.tokenizer, len(run.model.head))
     gate = gate_features(run.store, strings)
+    if not gate:
+        raise UserError(
+            "no feature of this run has 80% of its strongest examples at the marker, so there are "
+            "no paths through the gate to look for; give another run"
+        )
     named = SelectConfig(features=tuple(f"{layer}/{i}" for layer, i in sorted(gate)))
-    drawn = set(matched(run.store, select(run.store, named), 1, seed)) if gate else set()
+    drawn = set(matched(run.store, select(run.store, named), 1, seed))
     hesitation = set(select(run.store, SelectConfig(hesitation=True, top=1))) - gate
     wait = [string.strip() for string in strings].index("wait")
     passed: dict[str, list[list[list[bool]]]] = {case: [] for case in CASES}
