@@ -158,13 +158,12 @@ def contrast(
         draws=config.draws,
     )
     source = _source(run, responses) if config.places == "auto" else config.places
-    decoder = run.model.paths.decoder
     reading = _Reading(run, texts, folder / "read", config.batch_tokens, progress, stop)
     labelled = _labelled(reading, arms, source, config, strings, words)
     if labelled is None:
         return None
     sets = [[i for each in words.values() for i in each]]
-    quantity = log_odds_of([*sets, *words.values()] if len(words) > 1 else sets, decoder)
+    quantity = log_odds_of([*sets, *words.values()] if len(words) > 1 else sets, reading.decoder)
     odds = {}
     for number, arm in enumerate(arms, 1):
         draws = []

@@ -52,15 +52,19 @@ def arms_by_hand(run: TinyRun) -> dict[str, Any]:
     return models
 
 
+def random_texts(seed: int) -> list[Text]:
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        Text(f"t{i}", torch.randint(3, 40, (n,), generator=draw).tolist(), 1)
+        for i, n in enumerate((9, 5, 12))
+    ]
+
+
 def test_probabilities_equal_those_by_hand(
     tiny_run: TinyRun, tmp_path: Path, float64_clean: None
 ) -> None:
     run = load_run(tiny_run.folder, dtype="float64", device="cpu")
-    draw = torch.Generator().manual_seed(2)
-    texts = [
-        Text(f"t{i}", torch.randint(3, 40, (n,), generator=draw).tolist(), 1)
-        for i, n in enumerate((9, 5, 12))
-    ]
+    texts = random_texts(2)
     sites, words = [(0, 2), (0, 7), (1, 4), (2, 0), (2, 11)], [5, 17]
     expected = arms_by_hand(tiny_run)
     arms = arms_of(run, [SET], base=True, factors=[2.0], scales=[-0.5], draws=0)
@@ -85,11 +89,7 @@ def test_activity_equals_that_by_hand(
 ) -> None:
     """Batches are padded; by hand, each text alone goes through the adapters' own formula."""
     run = load_run(tiny_run.folder, dtype="float64", device="cpu")
-    draw = torch.Generator().manual_seed(3)
-    texts = [
-        Text(f"t{i}", torch.randint(3, 40, (n,), generator=draw).tolist(), 1)
-        for i, n in enumerate((9, 5, 12))
-    ]
+    texts = random_texts(3)
     sites = [(t, p) for t, text in enumerate(texts) for p in range(len(text.ids))]
     arms = arms_of(run, [SET], base=False, factors=[], scales=[], draws=0)
     (chosen,) = next(arm.members for arm in arms if arm.kind == "ablate")

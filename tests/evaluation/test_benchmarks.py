@@ -285,7 +285,11 @@ def test_examples_of_a_file_are_those_of_every_question(tmp_path: Path) -> None:
     ):
         prompts_with(3, examples=str(file))
     with pytest.raises(UserError, match=r"benchmarks\.examples: .*none\.jsonl is not a file"):
-        BenchmarkConfig(examples=str(tmp_path / "none.jsonl"))
+        BenchmarkConfig(few_shot=1, examples=str(tmp_path / "none.jsonl"))
+    with pytest.raises(
+        UserError, match=r"benchmarks\.examples: expected with benchmarks\.few_shot"
+    ):
+        BenchmarkConfig(examples=str(file))
     plain = BenchmarkConfig(few_shot=2)
     fixed = replace(plain, examples=str(file))
     before = fixed.fingerprint("m")

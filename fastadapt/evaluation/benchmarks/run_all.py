@@ -96,7 +96,7 @@ def prompt_modes(
     """
     if model == "base":
         config = replace(config, prefill="none")
-    modes = {SAMPLED: replace(config, few_shot=0)}
+    modes = {SAMPLED: replace(config, few_shot=0, examples=None)}
     if config.few_shot and model in ("base", "hybrid"):
         # Few-shot prompts make models continue with another question after their answer.
         if model == "base":

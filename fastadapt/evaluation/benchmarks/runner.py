@@ -102,6 +102,11 @@ class BenchmarkConfig:
             path = typed_path(self.examples, "benchmarks.examples")
             if not path.is_file():
                 raise UserError(f"benchmarks.examples: {path} is not a file")
+            if not self.few_shot:
+                raise UserError(
+                    "benchmarks.examples: expected with benchmarks.few_shot, their number; give "
+                    "--benchmarks.few_shot too"
+                )
 
     @property
     def opening(self) -> str:
@@ -114,7 +119,7 @@ class BenchmarkConfig:
         settings: tuple[Any, ...] = (self.data, self.family, self.few_shot, self.seed, sampling)
         if self.opening:  # without, the fingerprint is that of versions that had no opening
             settings += (self.opening,)
-        if self.few_shot and self.examples is not None:
+        if self.examples is not None:
             settings += (_examples_digest(self.examples),)
         return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
@@ -226,7 +231,7 @@ def run_benchmarks(
     metadata["examples"] = config.examples
     if config.opening:
         prompts["opening"] = config.opening
-    if config.few_shot and config.examples is not None:
+    if config.examples is not None:
         prompts["examples"] = _examples_digest(config.examples)
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
