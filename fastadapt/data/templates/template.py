@@ -214,7 +214,7 @@ class Template:
         return pieces
 
     def _written(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]]:
-        """Return the character spans that the assistant writes, found by rendering fewer turns."""
+        """Locate the character spans that the assistant writes, by rendering fewer turns."""
         spans = []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":

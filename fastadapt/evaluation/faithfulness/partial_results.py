@@ -92,7 +92,7 @@ class PartialResults:
         return self._read(self.whole)
 
     def damaged(self, reason: str) -> UserError:
-        """Return the error for stored arrays found inconsistent; the caller raises it."""
+        """Return the error for inconsistent stored arrays; the caller raises it."""
         return UserError(f"{self.whole}: {reason}: remove it and evaluate again")
 
     def _join(self) -> None:
