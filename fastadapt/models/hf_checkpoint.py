@@ -336,8 +336,7 @@ def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> 
     files = indexed_files(index, INDEX)
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(
-            f"{INDEX}: {len(odd)} tensors are in the model or in the index, but not in both: "
-            f"{odd[:3]}"
+            f"{INDEX}: {len(odd)} tensors are only in the files or only in this index: {odd[:3]}"
         )
     for file in sorted(set(files.values())):
         path = inside(folder, file, source=f"{INDEX}: weight_map")

@@ -467,7 +467,7 @@ def test_what_wants_transcoders_refuses_others_by_name(
     save_adapters(model.adapters, tmp_path / "mlp")
     with pytest.raises(UserError, match=r"this export needs transcoder adapters.*kind 'mlp'"):
         read_transcoders(tmp_path / "mlp", "this export")
-    with pytest.raises(UserError, match=r"published format needs transcoder adapters.*'mlp'"):
+    with pytest.raises(UserError, match=r"format hu2026 needs transcoder adapters.*'mlp'"):
         hu2026.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
