@@ -15,6 +15,7 @@ SECONDS = 0.3
 
 def test_the_public_names_are_these() -> None:
     assert fastadapt.__all__ == [
+        "SAE",
         "AdapterConfig",
         "LoadedRun",
         "ModelPair",
@@ -22,6 +23,7 @@ def test_the_public_names_are_these() -> None:
         "PairMismatchError",
         "ReplacementModel",
         "RunError",
+        "Transcoder",
         "TranscoderAdapter",
         "UserError",
         "__version__",
