@@ -1,11 +1,11 @@
 """Run fastadapt as a method of the diffing toolkit (science-of-finetuning/diffing-toolkit).
 
-    python examples/diffing_toolkit/method.py TOOLKIT diffing/method=fastadapt model=... organism=...
+    python examples/diffing_toolkit/method.py TOOLKIT diffing/method=fastadapt organism=...
 
 TOOLKIT is a clone of the toolkit, in whose environment the script runs; the other arguments are
-those of its ``main.py``. ``run`` trains an adapter on the toolkit's pair and data, collects features
-and measures what they do; ``visualize`` shows the run's pages; the agent reads the strongest
-features and may ask for the details of any.
+those of its ``main.py``. ``run`` trains an adapter on the toolkit's pair and data, collects
+features and measures what they do; ``visualize`` shows the run's pages; the agent reads the
+strongest features and may ask for the details of any.
 
 fastadapt itself runs in an environment of its own, as the program ``diffing.method.program``: the
 two need other versions of the same packages. Written against the toolkit's commit e0b84a5.
@@ -32,9 +32,9 @@ from run_files import overview, run_settings
 
 NAME = "fastadapt"
 
-_OVERVIEW = """- The first user message is an OVERVIEW in JSON. A sparse network beside each MLP of the
-  base model learned what fine-tuning changed in it. Each feature reads the MLP's input and adds its
-  decoder's direction to the output. Positive activations push towards the fine-tuned model.
+_OVERVIEW = """- The first user message is an OVERVIEW in JSON. A sparse network beside each MLP of
+  the base model learned what fine-tuning changed in it. Each feature reads the MLP's input and adds
+  its decoder's direction to the output. Positive activations push towards the fine-tuned model.
   - kl_to_finetuned_nats_per_token: how far the base's MLPs alone, and with the features, are from
     the fine-tuned model. Attention is the fine-tuned model's in both.
   - features: delta_kl is the rise of this KL when the feature is removed; promoted are the tokens
@@ -111,7 +111,7 @@ class FastadaptMethod(DiffingMethod):
         if base.steering_vector is not None:
             raise ValueError("expected a pair of models, got a base with a steering vector")
         if tuned.subfolder and not self._is_lora_adapter:
-            raise ValueError(f"expected a model at the root of {tuned.model_id}, not in a subfolder")
+            raise ValueError(f"{tuned.model_id}: expected a model at its root, got a subfolder")
         target = str(self._lora_adapter_path) if self._is_lora_adapter else tuned.model_id
         chosen = OmegaConf.to_container(self.method_cfg.datasets, resolve=True)
         settings = OmegaConf.to_container(self.method_cfg.settings, resolve=True)

@@ -1,4 +1,4 @@
-"""Settings and results of a run of fastadapt, as values. Needs neither fastadapt nor the toolkit."""
+"""Settings and results of a run of fastadapt, as values. Imports nothing of the two projects."""
 
 from __future__ import annotations
 

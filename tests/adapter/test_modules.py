@@ -118,7 +118,8 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch(kind: str, activation:
 def test_what_is_subtracted_is_visible() -> None:
     """The control of the comparison above: the two conventions are two networks."""
     x, plain, centred = inputs(), *(random_module(k, CONFIGS["relu"]) for k in ("sae", "centred"))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), centred.parameters()))
+    weights = plain.parameters(), centred.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert (plain(x) - centred(x)).abs().max() > 0.1
     torch.testing.assert_close(centred.encode(x), plain.encode(x - centred.b_dec))
 
@@ -167,7 +168,9 @@ def test_the_state_dict_has_the_names_of_the_field(
     common = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, d_out)}
     assert shapes == common | expected
     trained = {name for name, _ in module.named_parameters()}
-    assert shapes.keys() - trained == ({"threshold"} if config.activation == "batch_topk" else set())
+    assert shapes.keys() - trained == (
+        {"threshold"} if config.activation == "batch_topk" else set()
+    )
     assert f"activation={config.activation}" in repr(module)
 
 
@@ -331,4 +334,3 @@ def test_misuse_raises_one_clear_error(call: Callable[[], Any], message: str) ->
     """A width of 1 would broadcast against ``b_dec`` without a word."""
     with pytest.raises((ValueError, UserError), match=message):
         call()
-

@@ -12,7 +12,9 @@ from run_files import run_settings
 from fastadapt.cli.train import parse_train
 from fastadapt.data.sources import MixedSource, Source
 
-METHOD = Path(__file__).parents[2] / "examples/diffing_toolkit/configs/diffing/method/fastadapt.yaml"
+METHOD = (
+    Path(__file__).parents[2] / "examples/diffing_toolkit/configs/diffing/method/fastadapt.yaml"
+)
 
 
 @dataclass(frozen=True)

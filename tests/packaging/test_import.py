@@ -66,8 +66,9 @@ imported = {name.partition(".")[0] for name in set(sys.modules) - before}
 for module in (SAE(4, AdapterConfig(8)), Transcoder(4, AdapterConfig(8, "topk", k=2), skip=True)):
     module(torch.randn(3, 4)).sum().backward()
 TranscoderAdapter(4, AdapterConfig(8))(torch.randn(3, 4))
-installed = {"transformers", "datasets", "triton", "safetensors", "huggingface_hub", "pyarrow", "msgspec"}
-print(json.dumps([sorted(imported - set(sys.stdlib_module_names)), sorted(installed & set(sys.modules))]))
+others = {"transformers", "datasets", "triton", "safetensors", "huggingface_hub", "msgspec"}
+imported -= set(sys.stdlib_module_names)
+print(json.dumps([sorted(imported), sorted(others & set(sys.modules))]))
 """
 
 
