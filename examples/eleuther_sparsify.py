@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fastadapt.kernels.transcoder import transcoder
 
 D, F, K = 16, 96, 4
-FLOAT32 = 1e-4  # of weights after some steps of Adam
+FLOAT32 = 1e-5  # of weights after 16 steps of Adam, which enlarges differences of 1e-7
 
 
 class OnTheOp(SparseCoder):
@@ -63,24 +63,24 @@ class OnTheOp(SparseCoder):
         return ForwardOutput(out, codes.values, codes.features, fvu, zero, zero)
 
 
-def coder(kind: type[SparseCoder], **settings: Any) -> SparseCoder:
+def make_coder(kind: type[SparseCoder], **settings: Any) -> SparseCoder:
     """Return a coder in float64 none of whose parameters is 0."""
     config = SparseCoderConfig(num_latents=F, k=K, **settings)
-    made = kind(D, config, dtype=torch.float64)
+    coder = kind(D, config, dtype=torch.float64)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in coder.parameters():
             parameter.normal_(0, 0.3)
-    return made
+    return coder
 
 
-def step(made: SparseCoder) -> dict[str, Tensor]:
+def step(coder: SparseCoder) -> dict[str, Tensor]:
     """Return output, loss and gradients of one step, by name."""
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 64, D, generator=draw, dtype=torch.float64)
-    result = made(x, y)
+    result = coder(x, y)
     result.fvu.backward()
-    seen = {f"gradient of {name}": p.grad for name, p in made.named_parameters()}
+    seen = {f"gradient of {name}": p.grad for name, p in coder.named_parameters()}
     return seen | {"output": result.sae_out, "fvu": result.fvu}
 
 
@@ -107,13 +107,14 @@ def trained(kind: type[SparseCoder], folder: str) -> dict[str, Tensor]:
     sparsify.trainer.SparseCoder = kind  # the line that puts the op into the trainer
     try:
         trainer = Trainer(config, data, model)
+        assert all(type(coder) is kind for coder in trainer.saes.values())
         trainer.fit()
     finally:
         sparsify.trainer.SparseCoder = original
     return {
         f"{name} {key}": value.float()
-        for name, made in trainer.saes.items()
-        for key, value in made.state_dict().items()
+        for name, coder in trainer.saes.items()
+        for key, value in coder.state_dict().items()
     }
 
 
@@ -121,25 +122,25 @@ def auxiliary_gradient() -> tuple[float, float]:
     """Return the size of the auxiliary loss's gradient at dead rows of the encoder: theirs, exact.
 
     The loss makes dead latents explain what the live ones leave. sparsify's fused encoder returns
-    the pre-activations from which it is made, but its backward pass ignores their gradient.
+    the pre-activations from which the loss comes, but its backward pass ignores their gradient.
     """
     dead = torch.arange(F) < F // 2
     x = torch.randn(64, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sizes = []
     for exact in (False, True):
-        made = coder(SparseCoder)
+        coder = make_coder(SparseCoder)
         if exact:
-            made.encode = lambda x, made=made: dense_encode(made, x)
-        made(x, dead_mask=dead).auxk_loss.backward()
-        gradient = made.encoder.weight.grad
+            coder.encode = lambda x, coder=coder: dense_encode(coder, x)
+        coder(x, dead_mask=dead).auxk_loss.backward()
+        gradient = coder.encoder.weight.grad
         sizes.append(0.0 if gradient is None else float(gradient[dead].norm()))
     return sizes[0], sizes[1]
 
 
-def dense_encode(made: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dense_encode(coder: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what ``SparseCoder.encode`` returns, by plain autograd."""
-    z = torch.relu(made.encoder(x - made.b_dec))
-    top = z.topk(made.cfg.k, sorted=False)
+    z = torch.relu(coder.encoder(x - coder.b_dec))
+    top = z.topk(coder.cfg.k, sorted=False)
     return top.values, top.indices, z
 
 
@@ -151,7 +152,7 @@ def main() -> int:
         "skip transcoder": {"transcode": True, "skip_connection": True},
     }
     for title, settings in cases.items():
-        steps = [step(coder(kind, **settings)) for kind in (OnTheOp, SparseCoder)]
+        steps = [step(make_coder(kind, **settings)) for kind in (OnTheOp, SparseCoder)]
         failed |= report(f"sparsify {title}, one step", largest_difference(*steps))
     with tempfile.TemporaryDirectory() as folder:
         runs = [trained(kind, folder) for kind in (OnTheOp, SparseCoder)]

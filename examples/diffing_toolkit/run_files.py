@@ -54,13 +54,13 @@ def run_settings(
     }
     if "subset" in validation:
         data["subset"] = validation["subset"]
-    made: dict[str, Any] = {
+    fixed: dict[str, Any] = {
         "pair": {"target": target, "base": base},
         "data": data,
         "run": {"output": output},
     }
-    sections = made.keys() | settings.keys()
-    return {name: made.get(name, {}) | dict(settings.get(name, {})) for name in sorted(sections)}
+    sections = fixed.keys() | settings.keys()
+    return {name: fixed.get(name, {}) | dict(settings.get(name, {})) for name in sorted(sections)}
 
 
 def overview(changes: Mapping[str, Any], *, features: int, positions: int) -> dict[str, Any]:

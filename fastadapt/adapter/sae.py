@@ -49,7 +49,7 @@ class Transcoder(SparseCoder):
         >>> transcoder(x).shape, (transcoder.encode(x) > 0).sum(-1).tolist()
         (torch.Size([5, 4]), [3, 3, 3, 3, 3])
         >>> out, aux = transcoder(x, return_aux=True)
-        >>> float(aux.penalty), int(aux.stats.n_active)  # the penalty of a decoder of zeros
+        >>> aux.penalty.item(), aux.stats.n_active.item()  # the penalty of a decoder of zeros
         (0.0, 15)
     """
 
