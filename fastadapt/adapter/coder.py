@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import CodeLayout, TranscoderStats, transcode, transcoder
-from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
+from fastadapt.kernels.transcoder.reference import SparseCodes, accumulator, activate, row_shape
 
 if TYPE_CHECKING:
     from fastadapt.adapter.module import AdapterConfig
@@ -173,11 +173,14 @@ class SparseCoder(nn.Module):
         """
         z = nn.functional.linear(self._encoder_input(x), self.W_enc, self.b_enc)
         kernel = self._kernel()
+        threshold = kernel.get("threshold")
+        if threshold is not None and not threshold.dim():  # as the op: compared in its own dtype
+            threshold = threshold.to(accumulator(z.dtype)).expand(self.n_features)
         a = activate(
             z.reshape(*row_shape(z.shape[:-1]), self.n_features),
             kernel["activation"],
             kernel.get("k"),
-            kernel.get("threshold"),
+            threshold,
             kernel.get("bandwidth"),
             None,
         )

@@ -31,6 +31,8 @@ class Paths:
         projections: linear layers of an MLP that read its input.
         attention: the implementation where flash-attn is not used: ``eager`` for Gemma 2, since
             torch's fused attention cannot soft-cap scores.
+        rotates_halves: whether the rotary embedding pairs column i with i + R/2, as
+            :func:`fastadapt.kernels.frozen.rope` does; GLM-4 pairs neighbours, and is not fused.
         norm_offset, norm_rounds_first: arguments of :func:`fastadapt.kernels.frozen.rms_norm`.
         per_layer_inputs: children of a block that add embeddings of the tokens, if present.
         unread: mutable arguments in which a block leaves values that no other block reads, in the
@@ -49,6 +51,7 @@ class Paths:
     attention_modules: tuple[str, ...] = ("self_attn",)
     projections: tuple[str, ...] = ("gate_proj", "up_proj")
     attention: str = "sdpa"
+    rotates_halves: bool = True
     norm_offset: float = 0.0
     norm_rounds_first: bool = True
     per_layer_inputs: tuple[str, ...] = ()
@@ -83,6 +86,7 @@ ARCHITECTURES: Mapping[str, Paths] = {
     "mistral": Paths(),
     "olmo2": Paths(norm_rounds_first=False),
     "phi3": Paths(projections=("gate_up_proj",)),
+    "glm4": Paths(projections=("gate_up_proj",), rotates_halves=False),
     "qwen3": Paths(),
     "qwen3_5_text": Paths(
         attention_modules=("self_attn", "linear_attn"),

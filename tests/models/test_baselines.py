@@ -167,6 +167,7 @@ def test_every_norm_is_refit(make_pair: Callable[..., Any]) -> None:
         | {"post_feedforward_layernorm.weight"}
         | heads,
         "gemma4_text": block | around | heads | {"post_per_layer_input_norm.weight"},
+        "glm4": block | {"post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"},
         "qwen3": block | heads,
         "qwen3_5_text": block | heads,
     }
