@@ -48,6 +48,7 @@ class TopK(TopKTrainer):
         out, _, stats, codes = transcoder(
             x - ae.b_dec, *weights, activation="topk", k=self.k, return_codes=True
         )
+        assert codes is not None
         if step > self.threshold_start_step:
             self.update_threshold(by_token(codes, len(x), self.k))
         since += len(x)
@@ -88,6 +89,15 @@ def trained(kind: type, **settings: Any) -> dict[str, Tensor]:
     return {name: value for name, value in seen.items() if value.is_floating_point()}
 
 
+def threshold_without_features() -> float:
+    """Return the trainer's threshold after a step in which a token has no active feature."""
+    trainer = TopKTrainer(1, D, F, K, 0, "none", warmup_steps=0, device="cpu")
+    values = torch.ones(4, K)
+    values[2] = 0
+    trainer.update_threshold(values)
+    return float(trainer.ae.threshold)
+
+
 def main() -> int:
     standard = {"l1_penalty": 1e-2, "sparsity_warmup_steps": 5}
     topk = {"k": K, "threshold_start_step": 3}
@@ -98,6 +108,8 @@ def main() -> int:
     ):
         difference = largest_difference(trained(ours, **settings), trained(theirs, **settings))
         failed |= report(f"dictionary_learning {title}", difference)
+    threshold = threshold_without_features()
+    print(f"dictionary_learning topk: threshold after a token without features: {threshold}")
     return failed
 
 

@@ -8,7 +8,7 @@ hold the active latents of all tokens, one after the other: a token may have few
 
 The script compares one step in float64, for an SAE, a transcoder and a skip transcoder, and then a
 training of a small model's SAEs by the trainer, which computes in float32. It also shows what
-sparsify's own gradients lack (:func:`auxiliary_gradient`). Needs ``eai-sparsify`` 1.3.
+sparsify's own step lacks (:func:`auxiliary_gradient`, :func:`fired`). Needs ``eai-sparsify`` 1.3.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class OnTheOp(SparseCoder):
             residual=None if self.W_skip is None else nn.functional.linear(x, self.W_skip),
             return_codes=True,
         )
+        assert codes is not None
         variance = options.get("total_variance")
         variance = (y - y.mean(0)).square().sum() if variance is None else variance
         zero = out.new_zeros(())
@@ -90,11 +91,16 @@ def trained(kind: type[SparseCoder], folder: str) -> dict[str, Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    shape: dict[str, Any] = {
+        "hidden_size": D,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
     ids = torch.randint(64, (64, 32), generator=torch.Generator().manual_seed(2))
     data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
-    config = TrainConfig(
+    settings = TrainConfig(
         SparseCoderConfig(num_latents=F, k=K),
         batch_size=4,
         optimizer="adam",
@@ -106,7 +112,7 @@ def trained(kind: type[SparseCoder], folder: str) -> dict[str, Tensor]:
     original = sparsify.trainer.SparseCoder
     sparsify.trainer.SparseCoder = kind  # the line that puts the op into the trainer
     try:
-        trainer = Trainer(config, data, model)
+        trainer = Trainer(settings, data, model)
         assert all(type(coder) is kind for coder in trainer.saes.values())
         trainer.fit()
     finally:
@@ -144,6 +150,19 @@ def dense_encode(coder: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return top.values, top.indices, z
 
 
+def fired() -> tuple[int, int]:
+    """Return how many latents ``latent_indices`` names, and how many of them are active.
+
+    Of a token with fewer than k active latents, sparsify names others, whose value is 0. The
+    trainer counts them as fired, so that they do not become dead.
+    """
+    coder = make_coder(SparseCoder)
+    coder.encoder.bias.data -= 3
+    result = coder(torch.randn(8, D, generator=torch.Generator().manual_seed(1)).double())
+    active = result.latent_indices[result.latent_acts > 0]
+    return len(result.latent_indices.unique()), len(active.unique())
+
+
 def main() -> int:
     failed = 0
     cases: dict[str, dict[str, Any]] = {
@@ -159,6 +178,8 @@ def main() -> int:
     failed |= report("sparsify Trainer, 16 steps in float32", largest_difference(*runs), FLOAT32)
     theirs, exact = auxiliary_gradient()
     print(f"AuxK: gradient of the encoder's dead rows {theirs:.2g} in sparsify, {exact:.2g} exact")
+    named, active = fired()
+    print(f"few active latents: {named} counted as fired in sparsify, {active} active")
     return failed
 
 
