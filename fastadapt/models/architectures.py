@@ -31,6 +31,7 @@ class Paths:
         projections: linear layers of an MLP that read its input.
         attention: the implementation where flash-attn is not used: ``eager`` for Gemma 2, since
             torch's fused attention cannot soft-cap scores.
+        post_norm: whether a norm follows the MLP, before the residual is added.
         norm_offset, norm_rounds_first: arguments of :func:`fastadapt.kernels.frozen.rms_norm`.
         per_layer_inputs: children of a block that add embeddings of the tokens, if present.
         unread: mutable arguments in which a block leaves values that no other block reads, in the
@@ -49,6 +50,7 @@ class Paths:
     attention_modules: tuple[str, ...] = ("self_attn",)
     projections: tuple[str, ...] = ("gate_proj", "up_proj")
     attention: str = "sdpa"
+    post_norm: bool = False
     norm_offset: float = 0.0
     norm_rounds_first: bool = True
     per_layer_inputs: tuple[str, ...] = ()
@@ -66,9 +68,10 @@ class Paths:
 ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
-    "gemma2": Paths(attention="eager", norm_offset=1.0, norm_rounds_first=False),
-    "gemma3_text": Paths(norm_offset=1.0, norm_rounds_first=False),
+    "gemma2": Paths(attention="eager", post_norm=True, norm_offset=1.0, norm_rounds_first=False),
+    "gemma3_text": Paths(post_norm=True, norm_offset=1.0, norm_rounds_first=False),
     "gemma4_text": Paths(
+        post_norm=True,
         norm_rounds_first=False,
         per_layer_inputs=("per_layer_input_gate", "per_layer_projection"),
         unread=("shared_kv_states",),
@@ -81,7 +84,7 @@ ARCHITECTURES: Mapping[str, Paths] = {
         },
     ),
     "mistral": Paths(),
-    "olmo2": Paths(norm_rounds_first=False),
+    "olmo2": Paths(post_norm=True, norm_rounds_first=False),
     "phi3": Paths(projections=("gate_up_proj",)),
     "qwen3": Paths(),
     "qwen3_5_text": Paths(
