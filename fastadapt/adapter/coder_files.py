@@ -68,7 +68,7 @@ class CoderSet:
         >>> from fastadapt import SAE, AdapterConfig
         >>> from fastadapt.adapter.hooks import PLACES, Hooks
         >>> hooks = Hooks(PLACES["resid_post"], PLACES["resid_post"])
-        >>> saes = CoderSet.of({7: SAE(8, AdapterConfig(32))}, hooks, model="org/model")
+        >>> saes = CoderSet.from_modules({7: SAE(8, AdapterConfig(32))}, hooks, model="org/model")
         >>> saes.layers[7]().W_enc.shape, saes.empty.W_enc.device
         (torch.Size([32, 8]), device(type='meta'))
     """
@@ -80,7 +80,7 @@ class CoderSet:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_modules(
         cls,
         coders: Mapping[int, SparseCoder],
         hooks: Hooks = MLP_HOOKS,
@@ -174,7 +174,7 @@ def save_coders(coders: CoderSet, folder: str | os.PathLike[str]) -> None:
         >>> from tempfile import mkdtemp
         >>> from fastadapt import AdapterConfig, Transcoder, load_adapters
         >>> folder = mkdtemp()
-        >>> save_coders(CoderSet.of({4: Transcoder(8, AdapterConfig(32), skip=True)}), folder)
+        >>> save_coders(CoderSet.from_modules({4: Transcoder(8, AdapterConfig(32), skip=True)}), folder)
         >>> load_adapters(folder)[0][0]
         Transcoder(d_in=8, n_features=32, d_out=8, activation=relu, skip=True)
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
@@ -62,10 +62,10 @@ def export(
         source_set: neuronpedia: the set of sources there, which you have created
         overwrite: replace an export in the folder, once the new one is complete
     """
-    _check_options(format, base=base, model_id=model_id, source_set=source_set)
+    _check_options(format, target=target, base=base, model_id=model_id, source_set=source_set)
     if format == "neuronpedia":
         return _to_neuronpedia(run, output, model_id, source_set, overwrite=overwrite)
-    if format in ("huggingface", "hu2026", "adapters"):
+    if format == "huggingface" or format == "hu2026" or format == "adapters":
         loading = convert(run, output, format, target=target, base=base, overwrite=overwrite)
         print(f"Load it with:  {loading}")
         return 0
@@ -98,11 +98,8 @@ def import_(
     from fastadapt.interop.formats import import_coders
 
     coders = import_coders(path, output, format, model=model, overwrite=overwrite)
-    layers = (
-        f"layer {next(iter(coders.layers))}"
-        if len(coders.layers) == 1
-        else (f"{len(coders.layers)} layers")
-    )
+    first, *others = coders.layers
+    layers = f"{len(coders.layers)} layers" if others else f"layer {first}"
     print(f"Read {layers} of {coders.model or 'a model without a name'}: {coders.empty}")
     print(
         f"Load it with:  import fastadapt; coders, metadata = fastadapt.load_adapters({output!r})"
@@ -112,8 +109,10 @@ def import_(
 
 def _check_options(format: Format, **options: str | None) -> None:
     """Raise ``UserError`` for an option that the format does not use."""
+    checkpoints = get_args(Checkpoint)
     used = {
-        "base": ("huggingface", "hu2026", "adapters"),
+        "target": (*checkpoints, *get_args(Coders)),
+        "base": checkpoints,
         "model_id": ("neuronpedia",),
         "source_set": ("neuronpedia",),
     }
@@ -147,9 +146,10 @@ def _to_neuronpedia(
         f"{written.features:,} features in {written.batches:,} batches; {written.silent:,} without "
         f"an example left out; {written.shortened:,} descriptions shortened"
     )
+    first = min(out.glob("layer_*/*.json"))
     print(
         f"Upload each with:  curl -X POST {neuronpedia.ADDRESS} -H 'x-api-key: KEY' "
-        f"-H 'Content-Type: application/json' --data /layer_0/batch_0000.json"
+        f"-H 'Content-Type: application/json' --data @{first}"
     )
     return 0
 

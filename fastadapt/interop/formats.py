@@ -143,20 +143,20 @@ def export_coders(
 def _with_topk(
     coders: CoderSet, source: str | os.PathLike[str], form: Format
 ) -> tuple[CoderSet, dict[int, Fit]]:
-    """Replace TopK by fitted thresholds if the format needs it and the source is a run."""
+    """Fit thresholds in place of TopK if the format needs it and the source is a run.
+
+    Raises:
+        UserError: the run has no features, on whose texts thresholds are fitted.
+    """
     is_topk = coders.empty.config.activation == "topk" and not coders.is_additive
     if form.has_topk or not is_topk or not has_file(typed_path(source, "run") / "config.yaml"):
         return coders, {}
-    from fastadapt.features.loading import load_run
+    from fastadapt.features.store.source_run import students_of
+    from fastadapt.features.store.store import Store
     from fastadapt.interop.thresholds import mlp_inputs, with_thresholds
 
-    run = load_run(source)
-    if run.store is None:
-        raise UserError(
-            f"{source}: this format has no TopK, and thresholds are fitted on the texts of the "
-            "run's features, which are not collected yet; run fastadapt features collect"
-        )
-    return with_thresholds(coders, mlp_inputs(run.model, run.store))
+    store = Store.open(source)
+    return with_thresholds(coders, mlp_inputs(students_of(store, source).model, store))
 
 
 def require_output(

@@ -84,9 +84,9 @@ def test_every_name_of_a_place_leads_back_to_it() -> None:
 def test_sets_that_cannot_be_written(tmp_path: Path) -> None:
     a, b = (randomised(make_coder("transcoder", name), 0) for name in ("relu", "topk"))
     with pytest.raises(UserError, match="layer 5 differs from layer 2 in class, configuration"):
-        CoderSet.of({5: a, 2: b})
+        CoderSet.from_modules({5: a, 2: b})
     with pytest.raises(UserError, match="expected coders by layer, got none"):
-        CoderSet.of({})
+        CoderSet.from_modules({})
     mixed = CoderSet(a, {0: lambda: a, 7: lambda: b}, metadata={})
     with pytest.raises(UserError, match="layer 7 differs from layer 0"):
         save_coders(mixed, tmp_path / "out")

@@ -32,7 +32,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     ),
     "sparsify": (
         lambda path: weights_of(sparsify.read(path)),
-        lambda path: sparsify.write(CoderSet.of({3: of_twice_the_width()}), path),
+        lambda path: sparsify.write(CoderSet.from_modules({3: of_twice_the_width()}), path),
     ),
     "dictionary-learning": (
         lambda path: weights_of(dictionary_learning.read(path)),

@@ -61,7 +61,9 @@ def make_set(
     """Return a set of random coders of :func:`make_coder`."""
     coders = {i: randomised(make_coder(kind, activation, **more), i) for i in layers}
     hooks = RESID_POST if "sae" in kind else MLP_HOOKS
-    return CoderSet.of(coders, hooks, model="org/model", metadata={"architecture": "qwen2"})
+    return CoderSet.from_modules(
+        coders, hooks, model="org/model", metadata={"architecture": "qwen2"}
+    )
 
 
 def weights_of(coders: CoderSet) -> dict[int, dict[str, torch.Tensor]]:

@@ -7,13 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from sets import assert_equal, make_set, outputs
+from organism_runs import make_run
+from sets import assert_equal, make_set, outputs, weights_of
+from stores import StoreText, make_store
 
 from fastadapt.adapter.coder_files import read_coders, save_coders
 from fastadapt.cli.main import main
+from fastadapt.features.store.store import adapter_digest
 from fastadapt.interop.formats import FORMATS, RECORD
+from fastadapt.organism import FOLDER
 
 #: A set that each format holds.
 HELD = {
@@ -129,3 +134,49 @@ def test_mistakes(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(reason, error), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_topk_gets_thresholds_fitted_on_its_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run_dir = make_run(tmp_path / "run", activation="topk", k=3, base_mlp=False)
+    words = ("export", run_dir, "--output", tmp_path / "out", "--format")
+    assert run(*words, "circuit-tracer") == 2
+    assert "run fastadapt features collect" in capsys.readouterr().err
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(5, 60, 40).tolist() for _ in range(4)]
+    texts, silent = [StoreText(t, [5] * 40) for t in ids], np.zeros((4, 40, 24), np.float32)
+    strings = [str(i) for i in range(64)]
+    digest = adapter_digest(run_dir / "adapter")
+    make_store(run_dir / "features", texts, [silent] * 4, strings, adapter=digest)
+    assert run(*words, "circuit-tracer") == 0
+    assert "TopK is replaced by JumpReLU" in capsys.readouterr().out
+    coders = FORMATS["circuit-tracer"].read(tmp_path / "out")
+    exact = read_coders(run_dir / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
+    for layer, coder in coders.coders():
+        seen: list[torch.Tensor] = []
+        handle = model.model.layers[layer].mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0][0])
+        )
+        with torch.no_grad():
+            for t in ids:
+                model(torch.tensor([t]))
+        handle.remove()
+        fitted = torch.cat(seen)[:80]
+        # As many features fire on the first half of the texts as TopK has.
+        topk = exact.layers[layer]().eval().encode(fitted)
+        active = int((topk > 0).sum())
+        assert int((coder.encode(fitted) > 0).sum()) == active > 80
+        assert torch.equal(coder.W_dec, exact.layers[layer]().W_dec)
+    # A folder that is no run has no texts; a format with TopK needs none.
+    b = ("--output", tmp_path / "b", "--format", "circuit-tracer")
+    assert run("export", run_dir / "adapter", *b) == 2
+    assert "runs TopK transcoders of a local folder as ReLU" in capsys.readouterr().err
+    assert run("export", run_dir, "--output", tmp_path / "c", "--format", "sparsify") == 0
+    again = weights_of(FORMATS["sparsify"].read(tmp_path / "c"))
+    for layer, weights in weights_of(exact).items():
+        assert all(torch.equal(again[layer][name], tensor) for name, tensor in weights.items())

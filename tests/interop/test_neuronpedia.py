@@ -76,7 +76,7 @@ def data(tmp_path: Path) -> StoreData:
         values[1, :, 10:] = 0
         texts.append(StoreText(tokens, [5] * 30))
         activations.append(values.astype(np.float32))
-    made = make_store(tmp_path / "run" / "features", texts, activations, STRINGS)
+    store_data = make_store(tmp_path / "run" / "features", texts, activations, STRINGS)
     rows = [
         {"layer": 0, "feature": 1, "variant": "top", "description": "waiting"},
         {"layer": 0, "feature": 1, "variant": "uniform", "description": "x" * 600},
@@ -84,8 +84,8 @@ def data(tmp_path: Path) -> StoreData:
     ]
     more = {"judge": "some judge", "shown": [0]}
     table = pa.Table.from_pylist([{**row, **more} for row in rows], schema=DESCRIPTIONS)
-    made.store.add("descriptions", table)
-    return made
+    store_data.store.add("descriptions", table)
+    return store_data
 
 
 def batches(folder: Path) -> list[Any]:

@@ -47,7 +47,9 @@ def test_round_trip(case: tuple[str, str], tmp_path: Path) -> None:
     assert list(again.layers) == [0, 3, 12]
     assert again.model == "org/model"
     assert_equal(coders, again)
-    assert_equal(CoderSet.of({3: coders.layers[3]()}, coders.hooks), read(path / "layer_3"))
+    assert_equal(
+        CoderSet.from_modules({3: coders.layers[3]()}, coders.hooks), read(path / "layer_3")
+    )
 
 
 def test_tensors_have_the_formats_orientation(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_thresholds_below_zero_are_not_read_as_this_librarys(tmp_path: Path) -> 
     with torch.no_grad():
         coder: Any = coders.layers[1]()
         coder.threshold[3] = -0.5
-    write(CoderSet.of({0: coder}), folder(tmp_path, "clamped"))
+    write(CoderSet.from_modules({0: coder}), folder(tmp_path, "clamped"))
     assert load_file(tmp_path / "clamped" / "layer_0.safetensors").keys() == tensors.keys()
     again: Any = read(tmp_path / "clamped").layers[0]()
     assert torch.equal(again.threshold, coder.threshold.clamp(min=0))
@@ -137,7 +137,7 @@ def test_a_fitted_threshold_gives_as_many_active_features() -> None:
 
 def test_thresholds_are_far_closer_to_topk_than_what_its_reader_would_run(tmp_path: Path) -> None:
     coder, x = wide_topk(), torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
-    coders, fits = with_thresholds(CoderSet.of({0: coder}, MLP_HOOKS), {0: x})
+    coders, fits = with_thresholds(CoderSet.from_modules({0: coder}, MLP_HOOKS), {0: x})
     fit = fits[0]
     assert (fit.topk, fit.jumprelu) == (4, pytest.approx(4, rel=0.1))
     assert fit.relu == pytest.approx(32, rel=0.05)  # half of the features
