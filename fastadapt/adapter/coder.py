@@ -1,7 +1,7 @@
 """What adapters, transcoders and SAEs share: parameters, activation, and the calls of the op.
 
-All are ``a = activation(W_enc x + b_enc)`` and ``W_decᵀ a + b_dec``. They differ in what the result is
-added to, in what the encoder reads, and in how they start.
+All are ``a = activation(W_enc x + b_enc)`` and ``W_decᵀ a + b_dec``. They differ in what the result
+is added to, in what the encoder reads, and in how they start.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SparseCoder(nn.Module):
                 ``W_enc`` is drawn on the CPU in float32, so that it is the same on every device.
         """
         bound = 1 / math.sqrt(self.d_in)
-        draw = torch.empty(self.W_enc.shape, dtype=torch.float32)
+        draw = torch.empty(self.W_enc.shape, dtype=torch.float32, device="cpu")
         self.W_enc.copy_(draw.uniform_(-bound, bound, generator=generator))
         for parameter in (self.b_enc, self.W_dec, self.b_dec):
             if parameter is not None:

@@ -19,7 +19,7 @@ from fastadapt.kernels.transcoder import CodeLayout
 
 
 class Transcoder(SparseCoder):
-    """Sparse two-layer network ``W_decᵀ a + b_dec + W_skip x``, ``a = activation(W_enc x + b_enc)``.
+    """Sparse network ``W_decᵀ a + b_dec + W_skip x`` with ``a = activation(W_enc x + b_enc)``.
 
     Inputs may have any leading shape. ``[..., T, d_in]`` holds rows of T tokens, and ``batch_topk``
     ranks the activations of each row: a batch ``[N, d_in]`` is one row. ``[d_in]`` is one token.
@@ -49,7 +49,7 @@ class Transcoder(SparseCoder):
         >>> transcoder(x).shape, (transcoder.encode(x) > 0).sum(-1).tolist()
         (torch.Size([5, 4]), [3, 3, 3, 3, 3])
         >>> out, aux = transcoder(x, return_aux=True)
-        >>> float(aux.penalty), int(aux.stats.n_active)  # the penalty of a decoder of zeros
+        >>> aux.penalty.item(), aux.stats.n_active.item()  # the penalty of a decoder of zeros
         (0.0, 15)
     """
 
@@ -73,6 +73,7 @@ class Transcoder(SparseCoder):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the parameters to those of a new transcoder; ``generator`` draws ``W_enc``."""
         super().reset_parameters(generator)
         if self.W_skip is not None:
             self.W_skip.zero_()
@@ -221,6 +222,7 @@ class SAE(Transcoder):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the parameters to those of a new SAE; ``generator`` draws ``W_enc``."""
         super().reset_parameters(generator)
         self.W_dec.copy_(nn.functional.normalize(self.W_enc.float(), dim=1))
         self.W_enc.copy_(self.W_dec)
