@@ -48,7 +48,7 @@ from fastadapt.io.tensors import read_tensors
 #: Kinds of ``fastadapt.json`` of plain coders.
 CODERS = ("transcoder", "sae")
 #: Settings of JumpReLU that other projects' formats do not have; only further training reads them.
-JUMPRELU = {"bandwidth": 0.05, "initial_threshold": 0.01}
+JUMPRELU: Mapping[str, Any] = {"bandwidth": 0.05, "initial_threshold": 0.01}
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def save_coders(coders: CoderSet, folder: str | os.PathLike[str]) -> None:
     Example:
         >>> from tempfile import mkdtemp
         >>> from fastadapt import AdapterConfig, Transcoder, load_adapters
-        >>> folder = mkdtemp()
-        >>> save_coders(CoderSet.from_modules({4: Transcoder(8, AdapterConfig(32), skip=True)}), folder)
+        >>> folder, transcoder = mkdtemp(), Transcoder(8, AdapterConfig(32), skip=True)
+        >>> save_coders(CoderSet.from_modules({4: transcoder}), folder)
         >>> load_adapters(folder)[0][0]
         Transcoder(d_in=8, n_features=32, d_out=8, activation=relu, skip=True)
     """

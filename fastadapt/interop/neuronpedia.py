@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -170,12 +169,13 @@ def _grouped(store: Store, table: str, layer: int) -> dict[int, list[dict[str, A
 
 def _activations(rows: list[dict[str, Any]], strings: list[str]) -> list[Activation]:
     """Return the strongest examples first, then those drawn uniformly, each window once."""
-    activations, seen = [], Counter[tuple[int, int]]()
+    activations: list[Activation] = []
+    seen = set[tuple[int, int]]()
     for row in sorted(rows, key=lambda row: (SAMPLES.index(row["sample"]), row["rank"])):
         place = row["text"], row["start"]
-        seen[place] += 1
-        if seen[place] > 1 or not row["tokens"]:
+        if place in seen or not row["tokens"]:
             continue
+        seen.add(place)
         ids = row["tokens"][:MAX_TOKENS]
         tokens = [strings[i] if i < len(strings) else f"<{i}>" for i in ids]
         activations.append({"tokens": tokens, "values": row["values"][:MAX_TOKENS]})
@@ -184,11 +184,12 @@ def _activations(rows: list[dict[str, Any]], strings: list[str]) -> list[Activat
 
 def _logits(rows: list[dict[str, Any]], end: str) -> list[Logit]:
     """Return the tokens at one end of a feature's lens, the largest size first."""
-    return [
+    logits: list[Logit] = [
         {"token": token, "value": value}
         for row in rows
         for token, value in zip(row[f"{end}_tokens"], row[f"{end}_logits"], strict=True)
-    ][:MAX_LOGITS]
+    ]
+    return logits[:MAX_LOGITS]
 
 
 def _cut(text: str) -> str:

@@ -124,12 +124,12 @@ def _tensors(coder: SparseCoder) -> dict[str, Tensor]:
 def _config(coders: CoderSet, architecture: str, layer: int) -> dict[str, Any]:
     coder, hooks = coders.empty, coders.hooks
     is_transcoder = not isinstance(coder, SAE)
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": coder.d_in,
         "d_sae": coder.n_features,
         "device": "cpu",
-        "apply_b_dec_to_input": not is_transcoder and coder.subtract_b_dec,  # type: ignore[union-attr]
+        "apply_b_dec_to_input": isinstance(coder, SAE) and coder.subtract_b_dec,
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
@@ -138,7 +138,7 @@ def _config(coders: CoderSet, architecture: str, layer: int) -> dict[str, Any]:
     if architecture == "topk":
         config |= {"k": int(coder.config.k or 0), "rescale_acts_by_decoder_norm": False}
     reads, writes = (_names(hook, layer, coders.metadata) for hook in hooks)
-    metadata = {
+    metadata: dict[str, Any] = {
         "sae_lens_version": VERSION,
         "model_name": coders.model,
         "hook_name": reads[-1],
@@ -283,7 +283,7 @@ def _empty(config: ConfigFile, facts: Any, file: Path) -> SparseCoder:
         settings["k"] = k
     if activation == "jumprelu":
         known = {key: (facts or {}).get(key) for key in JUMPRELU}
-        settings |= JUMPRELU | {key: value for key, value in known.items() if value is not None}
+        settings |= {**JUMPRELU, **{k: v for k, v in known.items() if v is not None}}
     try:
         return _module(config, architecture, AdapterConfig(**settings), facts, file)
     except UserError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.adapter.coder import SparseCoder
@@ -61,7 +62,7 @@ def write(coders: CoderSet, folder: Path) -> None:
     for layer, coder in coders.coders():
         path = folder / _module_name(coders.hooks, layer)
         path.mkdir()
-        tensors = {NAMES[name]: tensor for name, tensor in coder.named_parameters()}
+        tensors: dict[str, Tensor] = {NAMES[n]: tensor for n, tensor in coder.named_parameters()}
         tensors.setdefault("b_dec", coder.decoder_bias())
         save_tensors(tensors, path / WEIGHTS)
         (path / CONFIG).write_text(json.dumps(config) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ T tokens, D width, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,7 +134,9 @@ def with_thresholds(
     return CoderSet(empty, layers, coders.hooks, coders.model, coders.metadata), fits
 
 
-def _read_with(read: partial[SparseCoder], empty: SparseCoder, threshold: float) -> SparseCoder:
+def _read_with(
+    read: Callable[[], SparseCoder], empty: SparseCoder, threshold: float
+) -> SparseCoder:
     return _jumprelu(read(), empty, threshold)
 
 

@@ -171,15 +171,23 @@ def test_attach_adds_adapters_and_replaces_by_transcoders(
     write(coders, path)
     coder: Any = coders.layers[0]()
     metadata = SimpleNamespace(**config_of(path)["metadata"])
-    call = (lambda x: coder(x)[0]) if kind == "adapter" else coder
-    theirs = type("Theirs", (), {"cfg": SimpleNamespace(metadata=metadata)})()
-    type(theirs).__call__ = lambda _, x: call(x)  # type: ignore[attr-defined]
+
+    class Theirs:
+        """A coder of SAELens, as far as ``attach`` uses it."""
+
+        cfg = SimpleNamespace(metadata=metadata)
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            out: Any = coder(x)
+            return out[0] if kind == "adapter" else out
+
+    theirs = Theirs()
     points = {"blocks.0.mlp.hook_in": Point(), out_hook: Point()}
     attach(SimpleNamespace(hook_dict=points), [theirs])
     x, mlp = torch.randn(4, D), torch.randn(4, D_OUT)
     points["blocks.0.mlp.hook_in"](x)
     out = points[out_hook](mlp)
-    torch.testing.assert_close(out, call(x) + (mlp if kind == "adapter" else 0))
+    torch.testing.assert_close(out, theirs(x) + (mlp if kind == "adapter" else 0))
     with pytest.raises(UserError, match=r"the model has no hook blocks\.0\.mlp\.hook_in"):
         attach(SimpleNamespace(hook_dict={}), [theirs])
     del metadata.fastadapt
@@ -192,7 +200,7 @@ def test_what_saelens_lacks_is_refused(tmp_path: Path) -> None:
         write(make_set("transcoder", "topk"), folder(tmp_path))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scaled": ({"normalize_activations": "layer_norm"}, "normalize_activations: expected none"),
     "heads": ({"reshape_activations": "hook_z"}, "reshape_activations: expected none"),
     "gated": ({"architecture": "gated"}, "architecture: expected one of standard, topk"),

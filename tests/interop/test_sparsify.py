@@ -105,7 +105,7 @@ def test_a_place_without_a_module_is_refused(tmp_path: Path) -> None:
             write(CoderSet(coders.empty, coders.layers, hooks), folder(tmp_path, str(id(hooks))))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groupmax": ({"activation": "groupmax"}, "activation: expected topk"),
     "embedding": ({"embed_skip": True}, "embed_skip: expected false"),
     "table": ({"gram_lookup": True}, "gram_lookup: expected false"),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import check, report
 from dictionary_learning import dictionary
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
-from models import check, report
 from safetensors.torch import load_file, save_file
 from sets import D, F, make_set, outputs
 

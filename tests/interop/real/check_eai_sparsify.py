@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from models import check, report
+from checks import check, report
 from sets import D, make_set, outputs
 from sparsify import SparseCoder
 

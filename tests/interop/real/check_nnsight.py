@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import IDS, check, make_pair, report
+from checks import IDS, check, make_pair, report
 from nnsight import NNsight
 from sets import randomised
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import IDS, check, make_pair, report
+from checks import IDS, check, make_pair, report
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sets import D, F, make_set, outputs
 
@@ -101,6 +101,18 @@ def models(hybrid: Any, tokenizer: Any) -> dict[str, Any]:
     return {"HookedSAETransformer": plain, "SAETransformerBridge": bridge}
 
 
+def unguarded(model: Any, coders: list[Any], without: torch.Tensor, expected: torch.Tensor) -> None:
+    """Show the control: with the real hook name, add_sae runs adapters in place of the MLPs."""
+    guarded = [coder.cfg.metadata.hook_name for coder in coders]
+    for coder in coders:
+        coder.cfg.metadata.hook_name = coder.cfg.metadata.fastadapt["reads"][-1]
+    wrong = model.run_with_saes(IDS, saes=coders)
+    for coder, name in zip(coders, guarded, strict=True):
+        coder.cfg.metadata.hook_name = name
+    assert min(float((wrong - right).abs().max()) for right in (without, expected)) > 0.1
+    check("adapter: with the real hook name, add_sae would run it in place of the MLP")
+
+
 def splices(path: Path) -> None:
     """Compare logits with ours, for coders attached by ``attach`` and by ``add_sae``."""
     hybrid, tokenizer = make_pair()
@@ -128,6 +140,8 @@ def splices(path: Path) -> None:
             torch.testing.assert_close(model(IDS), without, rtol=0, atol=ROUNDING)
             check(f"{kind} in {name}: attached, logits differ by {error:.1e} from ours")
             error = float((model.run_with_saes(IDS, saes=theirs) - expected).abs().max())
+            if kind == "adapter":
+                unguarded(model, theirs, without, expected)
             if kind == "transcoder":
                 assert error < ROUNDING, error
                 check(f"{kind} in {name}: with add_sae, logits differ by {error:.1e} from ours")

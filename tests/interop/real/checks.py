@@ -22,17 +22,10 @@ def make_pair(seed: int = 0) -> tuple[Any, Any]:
     from fastadapt.organism import FOLDER
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"max_position_embeddings": 64, "initializer_range": 0.2}
+    config = Qwen2Config(**sizes, attn_implementation="eager")
     model = Qwen2ForCausalLM(config).double().eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(FOLDER / "target")
 
