@@ -25,7 +25,8 @@ def make_pair(seed: int = 0) -> tuple[Any, Any]:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"max_position_embeddings": 64, "initializer_range": 0.2}
-    config = Qwen2Config(**sizes, attn_implementation="eager")
+    sizes["attn_implementation"] = "eager"
+    config = Qwen2Config(**sizes)
     model = Qwen2ForCausalLM(config).double().eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(FOLDER / "target")
 
