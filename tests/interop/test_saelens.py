@@ -233,3 +233,15 @@ def test_layers_that_differ_are_read_apart(tmp_path: Path) -> None:
     (path / "layer_4" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="two of layer 1"):
         read(path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures_with_a_norm_behind_the_mlp(architecture: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    block = model.model.layers[0]
+    has_norm = hasattr(block, "post_feedforward_layernorm")
+    assert has_norm == ARCHITECTURES[architecture].post_norm

@@ -16,6 +16,7 @@ from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sets import D, F, make_set, outputs
 
 from fastadapt.adapter.coder_files import CoderSet
+from fastadapt.adapter.hooks import PLACES, name_hook
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.sae import Transcoder
 from fastadapt.interop.saelens import attach, read, write
@@ -127,6 +128,10 @@ def splices(path: Path) -> None:
         expected = replaced(IDS).logits
         assert not torch.allclose(expected, without, atol=0.1)
         for name, model in models(hybrid, tokenizer).items():
+            if name == "SAETransformerBridge":
+                places = (PLACES[place] for place in ("mlp_in", "mlp_out", "attn_out"))
+                names = [name_hook(place, "transformer_lens", 1) for place in places]
+                assert model.hook_dict.keys() >= set(names)
             theirs = [SAE.load_from_disk(p) for p in sorted((path / f"splice {kind}").iterdir())]
             torch.testing.assert_close(model(IDS), without, rtol=0, atol=ROUNDING)
             attach(model, theirs)
