@@ -48,6 +48,7 @@ class TopK(TopKTrainer):
         out, _, stats, codes = transcoder(
             x - ae.b_dec, *weights, activation="topk", k=self.k, return_codes=True
         )
+        assert codes is not None
         if step > self.threshold_start_step:
             self.update_threshold(by_token(codes, len(x), self.k))
         since += len(x)

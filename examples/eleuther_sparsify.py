@@ -56,6 +56,7 @@ class OnTheOp(SparseCoder):
             residual=None if self.W_skip is None else nn.functional.linear(x, self.W_skip),
             return_codes=True,
         )
+        assert codes is not None
         variance = options.get("total_variance")
         variance = (y - y.mean(0)).square().sum() if variance is None else variance
         zero = out.new_zeros(())
@@ -90,11 +91,16 @@ def trained(kind: type[SparseCoder], folder: str) -> dict[str, Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    shape: dict[str, Any] = {
+        "hidden_size": D,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
     ids = torch.randint(64, (64, 32), generator=torch.Generator().manual_seed(2))
     data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
-    config = TrainConfig(
+    settings = TrainConfig(
         SparseCoderConfig(num_latents=F, k=K),
         batch_size=4,
         optimizer="adam",
@@ -106,7 +112,7 @@ def trained(kind: type[SparseCoder], folder: str) -> dict[str, Tensor]:
     original = sparsify.trainer.SparseCoder
     sparsify.trainer.SparseCoder = kind  # the line that puts the op into the trainer
     try:
-        trainer = Trainer(config, data, model)
+        trainer = Trainer(settings, data, model)
         assert all(type(coder) is kind for coder in trainer.saes.values())
         trainer.fit()
     finally:

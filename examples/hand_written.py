@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import torch
 from differences import largest_difference, report
@@ -53,14 +54,15 @@ class OnTheOp(HandWritten):
 def train(sae: nn.Module, batches: Tensor) -> dict[str, Tensor]:
     """Train, and return losses, gradients of the first step and last weights, by name."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    losses, seen = [], {}
+    losses: list[Tensor] = []
+    seen: dict[str, Any] = {}
     for step, x in enumerate(batches):
         out, sparsity = sae(x)
         loss = (out - x).square().sum(-1).mean() + SPARSITY * sparsity
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            seen = {f"gradient of {n}": p.grad.clone() for n, p in sae.named_parameters()}
+            seen = {f"gradient of {n}": copy.deepcopy(p.grad) for n, p in sae.named_parameters()}
             seen["output"] = out.detach()
         optimizer.step()
         losses.append(loss.detach())

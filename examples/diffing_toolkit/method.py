@@ -120,10 +120,12 @@ class FastadaptMethod(DiffingMethod):
         datasets = get_dataset_configurations(self.cfg, **chosen)
         return run_settings(target, base.model_id, datasets, str(self.run_dir), settings)
 
-    def _fastadapt(self, *arguments: str) -> str:
+    def _fastadapt(self, *arguments: str, capture: bool = False) -> str:
+        """Run fastadapt, whose output goes to the console, or is returned."""
         command = [self.method_cfg.program, *map(str, arguments)]
         self.logger.info(" ".join(command))
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(command, check=True, capture_output=capture, text=True)
+        return done.stdout if capture else ""
 
     def changes(self) -> dict[str, Any]:
         """Return the document that ``fastadapt changes`` wrote."""
@@ -134,7 +136,8 @@ class FastadaptMethod(DiffingMethod):
     def feature(self, feature: str) -> dict[str, Any]:
         """Return all that the store says about a feature, named LAYER/NUMBER; or the error."""
         try:
-            printed = self._fastadapt("features", "show", str(self.run_dir), feature, "--json")
+            words = ("features", "show", str(self.run_dir), feature, "--json")
+            printed = self._fastadapt(*words, capture=True)
         except subprocess.CalledProcessError as error:  # an agent may name any feature
             return {"error": error.stderr.strip()}
         (details,) = json.loads(printed)

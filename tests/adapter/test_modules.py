@@ -60,6 +60,13 @@ def outputs(module: nn.Module, x: Tensor) -> Any:
 class ByHand(nn.Module):
     """The same network in dense PyTorch; ``threshold`` is a constant."""
 
+    W_enc: Any
+    b_enc: Any
+    W_dec: Any
+    b_dec: Any
+    W_skip: Any
+    threshold: Any
+
     def __init__(self, module: Any, *, subtracts: bool) -> None:
         super().__init__()
         self.subtracts = subtracts
@@ -237,6 +244,7 @@ def test_hooks_see_and_change_a_call(kind: str) -> None:
     out, _ = outputs(module, x)
     out.sum().backward()
     assert torch.equal(seen[0], 2 * x)
+    assert x.grad is not None
     assert torch.equal(2 * seen[1], x.grad)  # the gradient of the doubled input
     quiet = random_module(kind, CONFIGS["topk"])
     assert torch.equal(out, outputs(quiet, 2 * x)[0])
