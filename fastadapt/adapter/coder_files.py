@@ -163,7 +163,8 @@ def save_coders(coders: CoderSet, folder: str | os.PathLike[str]) -> None:
 
     Adapters, and transcoders of the MLPs of layers 0, 1, ... that have no skip, are written as
     adapters are (:func:`fastadapt.save_adapters`), which all commands read. Such transcoders have
-    ``base_mlp`` false, and the target and the base are the one model whose MLPs they replace.
+    ``base_mlp`` false, and the one model whose MLPs they replace is both target and base. The base
+    of adapters is not known to other formats.
 
     Files of coders in the folder are replaced after all new ones are on the disk.
 
@@ -190,8 +191,10 @@ def save_coders(coders: CoderSet, folder: str | os.PathLike[str]) -> None:
     )
     with writing_folder(Path(folder), last=CARD, ours=PATTERNS) as staged:
         if as_adapters:
-            pair = {"target": coders.model, "base": coders.model}
-            metadata = {**({} if coders.model is None else pair), **metadata}
+            if coders.model is not None:
+                pair = {"target": coders.model}
+                pair |= {} if coders.is_additive else {"base": coders.model}
+                metadata = {**pair, **metadata}
             write_adapters(map(_as_adapter, (c for _, c in coders.coders())), staged, metadata)
             return
         metadata = {"model": coders.model, **metadata}

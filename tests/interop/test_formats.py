@@ -85,7 +85,10 @@ def test_an_adapter_never_becomes_a_replacement(
     assert "attach(" in capsys.readouterr().out
     assert run("import", tmp_path / "out", "--output", tmp_path / "back") == 0
     assert_equal(adapters, read_coders(tmp_path / "back"))
-    assert read_coders(tmp_path / "back").is_additive
+    again = read_coders(tmp_path / "back")
+    assert again.is_additive
+    assert again.metadata["target"] == "org/model"
+    assert "base" not in again.metadata  # which model it is stands in no file of SAELens
 
 
 def test_coders_go_from_format_to_format(tmp_path: Path) -> None:
