@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.adapter.coder import Aux, SparseCoder
+from fastadapt.adapter.hooks import MLP_HOOKS
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.transcoder import ACTIVATIONS, IMPLEMENTATIONS, CodeLayout
@@ -186,6 +187,7 @@ class TranscoderAdapter(SparseCoder):
             "additive": self.config.base_mlp,
             "hook_in": "mlp.input (after the norm, norm weight included)",
             "hook_out": f"mlp.output ({place}, before any post-norm)",
+            "hooks": {name: dict(hook) for name, hook in MLP_HOOKS._asdict().items()},
             "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
             "d_in": self.d_in,
             "d_out": self.d_out,
