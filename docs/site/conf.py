@@ -7,6 +7,7 @@ section names is listed at the end.
 
 from __future__ import annotations
 
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -63,7 +64,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes and dots stay as typed
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
@@ -93,8 +94,9 @@ def contents() -> str:
     )
 
 
-def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
-    """Add the contents to the first page, whose file on disk does not have them."""
+def prepare_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """Name linked pages by their titles, not their files; add the contents to the first page."""
+    source[0] = re.sub(r"\[[\w-]+\.md\]\(", "[](", source[0])
     if page == root_doc:
         source[0] += contents()
 
@@ -126,7 +128,7 @@ def copy_first_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions of this file to the build."""
     app.add_lexer("order", TextLexer)  # the list of packages in docs/architecture.md
-    app.connect("source-read", add_contents)
+    app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon
     app.connect("env-check-consistency", check_names)
     app.connect("build-finished", copy_first_page)

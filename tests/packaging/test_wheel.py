@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -158,6 +159,17 @@ def test_the_installed_package_is_imported(
     file, version, shape = json.loads(run(IMPORT, cwd=tmp_path, path=installed))
     assert Path(file) == installed / "fastadapt" / "__init__.py"
     assert (version, shape) == (fastadapt.__version__, [2, 8])
+
+
+@pytest.mark.slow
+def test_the_readmes_python_block_runs_from_the_wheel(
+    run: Callable[..., str], installed: Path, root: Path, tmp_path: Path
+) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    shutil.copytree(root / "tests/cli/old_files/finished", tmp_path / "runs/organism")
+    printed = run(code, cwd=tmp_path, path=installed)
+    assert len(printed.splitlines()) >= 4
 
 
 def test_versions_agree(wheel: Path, root: Path) -> None:
