@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test docs coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,12 @@ train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a tabl
 
 test: lint  ## lint, type check, and the quick tests
 	$(PYTEST) -m "not slow" --durations=10
+
+docs: $(VENV)/docs  ## the site of the pages and docstrings, in build/site; warnings are errors
+	rm -rf build/site build/doctrees
+	PYTHONPATH=$(abspath $(VENV)/docs) $(BIN)/python -m sphinx --fail-on-warning --quiet \
+		--conf-dir docs/site --doctree-dir build/doctrees . build/site
+	@echo build/site/index.html
 
 coverage: lint  ## the quick tests with coverage, which must reach the bound in pyproject.toml
 	$(PYTEST) -m "not slow" $(COVERAGE)
@@ -91,6 +97,7 @@ proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, be
 	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) $(COVERAGE) --durations=20
 	FASTADAPT_PROOF=1 $(MAKE) prove-kernels
 	$(MAKE) bench
+	$(MAKE) docs
 	bash .ci/clean_clone timeout 720 make train
 
 prove-kernels: $(VENV)/.dev  ## execute the compiled kernels on this CPU: faults, races, errors against float64
@@ -134,6 +141,13 @@ $(VENV)/.real: $(VENV)/.eval
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.eval
 	$(PIP) -r requirements-dev.lock
 	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+# Sphinx and its theme, which nothing else imports. The docstrings come from the package in the environment.
+$(VENV)/docs: requirements-docs.lock $(VENV)/.runtime
+	rm -rf $@ $@.part
+	$(PIP) --no-deps --target $@.part -r requirements-docs.lock
+	mv $@.part $@
 	@touch $@
 
 # The oldest versions of all that is asked for by name, under the oldest Python that is there. Compiled

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from fastadapt.models.trained_files import load_adapters
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SAE",

@@ -17,17 +17,18 @@ from torch import Tensor
 
 __all__ = ["LAYOUTS", "ErrorBudget", "assert_close", "error_budget", "with_layout"]
 
+#: Memory layouts of :func:`with_layout`.
 LAYOUTS = ("contiguous", "transposed", "sliced", "parent", "offset", "expanded")
 
 
 class ErrorBudget(NamedTuple):
     """Absolute errors of a result against the float64 reference, and the errors allowed."""
 
-    max_error: float  # infinite if NaN or infinities are not where the oracle has them
-    rms_error: float
-    max_budget: float
-    rms_budget: float
-    worst: tuple[int, ...]  # coordinates of the largest error; () for a scalar or empty tensor
+    max_error: float  #: infinite if NaN or infinities are not where the oracle has them
+    rms_error: float  #: infinite where ``max_error`` is.
+    max_budget: float  #: largest ``max_error`` that is allowed.
+    rms_budget: float  #: largest ``rms_error`` that is allowed.
+    worst: tuple[int, ...]  #: coordinates of the largest error; () for a scalar or empty tensor
 
     @property
     def within(self) -> bool:

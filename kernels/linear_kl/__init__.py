@@ -22,10 +22,10 @@ class LinearKLOutput(NamedTuple):
     The softmax dtype is float64 if an input or ``logits_dtype`` is float64, else float32.
     """
 
-    kl: Tensor  # [S], the only differentiable output
-    token_kl: Tensor  # [S,T]
-    token_cross_entropy: Tensor | None  # [S,T]; None without labels
-    token_top1: Tensor  # [S,T] bool: the student's most probable token is the teacher's
+    kl: Tensor  #: [S], the only differentiable output
+    token_kl: Tensor  #: [S,T]
+    token_cross_entropy: Tensor | None  #: [S,T]; None without labels
+    token_top1: Tensor  #: [S,T] bool: the student's most probable token is the teacher's
 
 
 def linear_kl(

@@ -20,8 +20,8 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class NMSEOutput(NamedTuple):
     """Results of :func:`nmse`, in float64 if an input is float64, else in float32."""
 
-    nmse: Tensor  # [B], or 0-d for inputs [T,D]; differentiable
-    token_nmse: Tensor  # [B,T], or [T]; not differentiable
+    nmse: Tensor  #: [B], or 0-d for inputs [T,D]; differentiable
+    token_nmse: Tensor  #: [B,T], or [T]; not differentiable
 
 
 def nmse(

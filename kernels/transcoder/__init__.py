@@ -47,7 +47,9 @@ __all__ = [
     "transcoder",
 ]
 
+#: Names for the argument ``activation`` of :func:`transcoder`.
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
+#: Names for its argument ``implementation``.
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
 
 

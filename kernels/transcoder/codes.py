@@ -33,8 +33,8 @@ DENSE_SHARE_GPU_16_BITS = 0.0055
 # Capacity is this multiple of the expected codes, rounded up to steps so that sizes recur.
 HEADROOM = 1.5
 CAPACITY_STEP = 16_384
-# Largest number of entries for which, without a plan or gradients, buffers for all entries cost
-# less than a synchronisation. Generation then never synchronises and can be captured as a graph.
+#: Largest number of entries for which, without a plan or gradients, buffers for all entries cost
+#: less than a synchronisation. Generation then never synchronises and can be captured as a graph.
 SMALL_ENTRIES = 2**22
 # Largest number of tokens for which, without gradients, reading the codes' rows of W_dec twice
 # costs less than a pass over all of W_dec.

@@ -61,7 +61,7 @@ class TranscoderOutput(NamedTuple):
 
     out: Tensor  #: x's dtype, [..., d_out].
     penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens.
-    stats: TranscoderStats
+    stats: TranscoderStats  #: numbers of active entries, by feature and in total.
     codes: SparseCodes | None = None  #: with ``return_codes``.
 
 

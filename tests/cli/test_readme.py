@@ -1,37 +1,48 @@
-"""Commands and code in the README and the docs pages run as printed."""
+"""Commands and code in the README and the docs pages run as printed.
 
+Every Python block compiles, and its names resolve. Blocks whose fence says ``run`` are executed in
+their order, in a folder with a finished run.
+"""
+
+import ast
+import builtins
 import re
 import shlex
 import shutil
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from organism_runs import make_run
 
-from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt import load_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))
 }
 README = PAGES["README.md"]
 
 
 def blocks(language: str, *pages: str) -> list[str]:
     text = "\n".join(PAGES[page] for page in pages or PAGES)
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}(?: run)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def lines(*code: str) -> list[str]:
+    """Return the command lines of blocks; a backslash joins two lines of text."""
+    return "".join(code).replace("\\\n", " ").splitlines()
 
 
 def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    _, code = blocks("python", "README.md")
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 10
+    (code,) = blocks("python", "docs/adapter.md")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "docs/adapter.md", "exec"), names)
     gradients = {name: p.grad for name, p in names["adapter"].named_parameters()}
     assert set(gradients) == {"W_enc", "b_enc", "W_dec", "b_dec"}
     assert all(g is not None for g in gradients.values())
@@ -39,14 +50,17 @@ def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
 
 
-def test_a_run_gives_the_features_of_a_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _ = blocks("python", "README.md")
-    shutil.copytree(
-        Path(__file__).parent / "old_files" / "finished", tmp_path / "runs" / "organism"
-    )
+@pytest.fixture
+def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with the finished run runs/organism."""
+    shutil.copytree(Path(__file__).parent / "old_files" / "finished", tmp_path / "runs/organism")
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_gives_the_features_of_a_text(
+    finished_run: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = blocks("python", "README.md")
     exec(compile(code, "README.md", "exec"), {})
     assert re.findall(r"^(\d) tensor", capsys.readouterr().out, re.MULTILINE) == list("0123")
 
@@ -59,13 +73,12 @@ def test_the_op_runs() -> None:
     assert 0 < names["stats"].n_active <= min(8 * 20, names["plan"].capacity)
 
 
-def test_features_are_scaled_for_one_prompt(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", n_features=512)
-    model = ModelSet.open([run], device="cpu").model
-    names = {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
-    before = model(input_ids=names["input_ids"]).logits
+def test_features_are_scaled_for_one_prompt(finished_run: None) -> None:
+    names: dict[str, Any] = {}
     exec(compile(blocks("python", "docs/features.md")[0], "docs/features.md", "exec"), names)
-    assert torch.equal(model(input_ids=names["input_ids"]).logits, before)
+    before = load_run("runs/organism").model(input_ids=names["input_ids"]).logits
+    assert torch.equal(names["run"].model(input_ids=names["input_ids"]).logits, before)
+    assert names["changed"].shape[1] > names["input_ids"].shape[1]
 
 
 def test_the_commands_are_understood(tmp_path: Path) -> None:
@@ -73,10 +86,10 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
     from fastadapt.cli.train import parse_train
     from fastadapt.cli.where import parse_where
 
-    values = yaml.safe_load(blocks("yaml", "README.md")[0])
+    values = yaml.safe_load(blocks("yaml", "docs/your-pair.md")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     seen = 0
-    for line in "".join(blocks("bash")).splitlines():
+    for line in lines(*blocks("bash")):
         words = shlex.split(line, comments=True)
         if words[:2] == ["fastadapt", "train"] and "--help" not in words:
             words = [w.replace("$sparsity", "3e-4") for w in words]
@@ -98,16 +111,87 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
             if words[1] == "eval":
                 few_shot = 4 if "--benchmarks.few_shot" in words else 0
                 assert typed["config"].benchmarks.few_shot == few_shot
-                assert len(typed["runs"]) in (2, 3)
+                assert len(typed["runs"]) in (1, 2, 3)
             seen += 1
         elif words[:1] == ["python"]:
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 75
+    assert seen == 84
 
 
-@pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study", "real"])
+def unresolved(code: str) -> list[str]:
+    """Return the names that code uses and neither defines nor imports from what exists."""
+    nodes = list(ast.walk(ast.parse(code)))
+    modules: dict[str, Any] = {}
+    known, missing = set(dir(builtins)), []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                modules[alias.asname or alias.name.partition(".")[0]] = import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = import_module(node.module or "")
+            missing += [a.name for a in node.names if not hasattr(module, a.name)]
+            known |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.add(node.id)
+    for node in nodes:
+        if isinstance(node, ast.Name) and node.id not in known | modules.keys():
+            missing.append(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            imported = modules.get(node.value.id)
+            if imported is not None and not hasattr(imported, node.attr):
+                missing.append(f"{node.value.id}.{node.attr}")
+    return missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)])
+def test_python_blocks_compile_and_their_names_resolve(page: str) -> None:
+    """A block may use the names of earlier blocks on its page."""
+    code = "\n".join(blocks("python", page))
+    compile(code, page, "exec")
+    assert unresolved(code) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        ("from fastadapt import load_run\nrun = load_run('x')\nrun.model\n", []),
+        ("from fastadapt import open_run\n", ["open_run"]),
+        ("import torch\nx = torch.randm(2)\n", ["torch.randm"]),
+        ("with scale_features(model, {}):\n    pass\n", ["scale_features", "model"]),
+    ],
+)
+def test_a_name_that_does_not_exist_is_reported(code: str, missing: list[str]) -> None:
+    assert unresolved(code) == missing
+
+
+def runnable(page: str) -> list[tuple[str, str]]:
+    """Return language and code of the blocks whose fence says ``run``."""
+    return re.findall(r"^```(bash|python) run\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
+def test_runnable_blocks_run(
+    page: str, fastadapt: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command ends with exit code 0, on a run of the embedded pair after 40 steps."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--optimizer.max_steps", 40, "--data.max_validation", 20, "--run.eval_every", 40]
+    assert fastadapt("train", "organism", *short).code == 0
+    for language, code in runnable(page):
+        if language == "python":
+            exec(compile(code, page, "exec"), {})
+            continue
+        for line in lines(code):
+            program, *words = shlex.split(line, comments=True)
+            assert program == "fastadapt"
+            outcome = fastadapt(*words)
+            assert outcome.code == 0, (line, outcome.err)
+
+
+@pytest.mark.parametrize("target", ["train", "test", "docs", "proof", "reproduce", "study", "real"])
 def test_the_make_targets_exist(target: str) -> None:
     assert any(f"make {target}" in page for page in PAGES.values())
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -125,4 +209,4 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 100

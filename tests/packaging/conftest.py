@@ -1,4 +1,4 @@
-"""Build the wheel from a copy of the sources, and install it in a separate folder."""
+"""Build wheel and source distribution from copies of the sources; install the wheel elsewhere."""
 
 import os
 import shutil
@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = (
+    *("pyproject.toml", "setup.py", "MANIFEST.in"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +48,40 @@ def run() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel of the sources on disk, without network access."""
+    return _build_wheel(_copy_sources(tmp_path_factory), tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def build_wheel() -> Callable[[Path, Path], Path]:
+    """Return a function that builds the wheel of one folder into another one."""
+    return _build_wheel
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the source distribution of the sources on disk."""
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    source = _copy_sources(tmp_path_factory)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=300
+    )
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+def _copy_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the package, the tests and the files beside them to a new folder."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
-    for name in ("fastadapt", "kernels"):
-        ignore = shutil.ignore_patterns(".*")
+    for name in ("fastadapt", "kernels", "tests"):
+        ignore = shutil.ignore_patterns(".*", "__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    out = tmp_path_factory.mktemp("wheel")
+    return source
+
+
+def _build_wheel(source: Path, out: Path) -> Path:
     _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
     return built

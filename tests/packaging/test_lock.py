@@ -73,6 +73,18 @@ def test_the_lock_of_the_tests_is_complete(project: dict[str, Any], locked: dict
     assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
+def test_the_lock_of_the_site_has_what_the_extra_names(project: dict[str, Any], root: Path) -> None:
+    """The packages lie beside those of the runtime, and repeat none of them."""
+    site = pins(root / "requirements-docs.lock")
+    for text in project["optional-dependencies"]["docs"]:
+        requirement = Requirement(text)
+        assert site[canonicalize_name(requirement.name)] in requirement.specifier
+    assert not site.keys() & pins(root / "requirements.lock").keys()
+    evaluation = pins(root / "requirements-eval.lock")
+    shared = site.keys() & evaluation.keys()
+    assert {name: site[name] for name in shared} == {name: evaluation[name] for name in shared}
+
+
 def test_locked_versions_are_within_the_ranges(
     project: dict[str, Any], locked: dict[str, str]
 ) -> None:

@@ -1,11 +1,19 @@
 """The wheel contains all files under one top-level name, and works outside the repository."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+import fastadapt
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def test_license_and_command_are_declared(wheel: Path) -> None:
         "[vllm.general_plugins]",
         "fastadapt = fastadapt.serving.vllm_plugin:register",
     ]
-    extras = "flash peft tensorboard wandb trackio eval features lowmem interop bench dev"
+    extras = "flash peft tensorboard wandb trackio eval features lowmem interop bench dev docs"
     for extra in extras.split():
         assert f"Provides-Extra: {extra}\n" in metadata
 
@@ -98,3 +106,88 @@ def test_the_distribution_does_not_provide_the_package_kernels(
         distributions = run(DISTRIBUTIONS, cwd=root)
     assert "fastadapt" not in distributions
     assert "kernels" in distributions
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_the_same_wheel(
+    sdist: Path, wheel: Path, build_wheel: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert source.name == f"fastadapt-{fastadapt.__version__}"
+    assert {path.name for path in source.iterdir()} == {
+        *("CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md"),
+        *("fastadapt", "fastadapt.egg-info", "kernels", "pyproject.toml", "setup.cfg", "setup.py"),
+    }
+    rebuilt = build_wheel(source, tmp_path / "rebuilt")
+    assert rebuilt.name == wheel.name
+    contents = []
+    for path in (wheel, rebuilt):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist()})
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COVERAGE_", "PYTHON"))}
+    result = subprocess.run(
+        [installed / "bin" / "fastadapt", "--version"],
+        cwd=tmp_path,
+        env=env | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"fastadapt {fastadapt.__version__}\n"
+
+
+IMPORT = """
+import json, torch, fastadapt
+from fastadapt import AdapterConfig, TranscoderAdapter
+out, aux = TranscoderAdapter(8, AdapterConfig(32))(torch.ones(2, 8))
+print(json.dumps([fastadapt.__file__, fastadapt.__version__, list(out.shape)]))
+"""
+
+
+@pytest.mark.slow
+def test_the_installed_package_is_imported(
+    run: Callable[..., str], installed: Path, tmp_path: Path
+) -> None:
+    file, version, shape = json.loads(run(IMPORT, cwd=tmp_path, path=installed))
+    assert Path(file) == installed / "fastadapt" / "__init__.py"
+    assert (version, shape) == (fastadapt.__version__, [2, 8])
+
+
+@pytest.mark.slow
+def test_the_readmes_python_block_runs_from_the_wheel(
+    run: Callable[..., str], installed: Path, root: Path, tmp_path: Path
+) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    shutil.copytree(root / "tests/cli/old_files/finished", tmp_path / "runs/organism")
+    printed = run(code, cwd=tmp_path, path=installed)
+    assert len(printed.splitlines()) >= 4
+
+
+def test_versions_agree(wheel: Path, root: Path) -> None:
+    """Wheel, package, citation and the newest entry of the changelog have one version."""
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## \[(\S+)\]", changelog, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == citation["version"] == wheel.name.split("-")[1] == fastadapt.__version__
+
+
+def test_the_readme_names_every_extra(wheel: Path, root: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = wheel.name.rsplit("-", 3)[0] + ".dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode().partition("\n\n")[0]
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)) - {"interop"}
+    pages = [
+        (root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/your-pair.md")
+    ]
+    for page in pages:
+        assert {extra for extra in extras if not re.search(rf"\b{extra}\b", page)} == set()
