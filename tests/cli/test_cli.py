@@ -149,6 +149,15 @@ def test_the_options_of_contrast_are_frozen() -> None:
     assert sorted(open_command("contrast").parser.option_names()) == CONTRAST_OPTIONS.split()
 
 
+PUSH_OPTIONS = "--base --help --license --private --target --tokenizer"
+
+
+def test_the_options_of_push_are_frozen() -> None:
+    from fastadapt.cli.main import open_command
+
+    assert sorted(open_command("push").parser.option_names()) == PUSH_OPTIONS.split()
+
+
 FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
@@ -165,6 +174,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         "graph export",
         "graph serve",
         "intervene",
+        "push",
         "study",
         "trace",
         "train",

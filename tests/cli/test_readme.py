@@ -39,7 +39,7 @@ def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
 
 
-def test_a_run_gives_the_features_of_a_text(
+def test_a_run_shows_itself_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _ = blocks("python", "README.md")
@@ -48,7 +48,21 @@ def test_a_run_gives_the_features_of_a_text(
     )
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert re.findall(r"^(\d) tensor", capsys.readouterr().out, re.MULTILINE) == list("0123")
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("│")[1].strip() for row in rows[2:7]] == [
+        "<bos>",
+        "␣tom",
+        "␣has",
+        "␣3",
+        "␣apples",
+    ]
+    names: dict[str, Any] = {}
+    for code in blocks("python", "docs/python.md"):
+        exec(compile(code, "docs/python.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "Layer 2, feature 7\n" in out
+    assert "mean KL to the target" in out
+    assert out.count("\n[") == 1
 
 
 def test_the_op_runs() -> None:
@@ -104,7 +118,7 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 72
+    assert seen == 74
 
 
 @pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study", "real"])
