@@ -60,7 +60,7 @@ class LoadedRun(View, RunContents):
 
     source: str
     commit: str | None = None
-    _template = "loaded-run.html.j2"
+    template = "loaded-run.html.j2"
 
     @property
     def replacement(self) -> ReplacementModel:
@@ -214,8 +214,8 @@ class LoadedRun(View, RunContents):
             facts.append(["commit", self.commit])
         for role in ("target", "base"):
             revision = getattr(config, f"{role}_revision")
-            at_commit = "" if revision is None else f" at {revision}"
-            facts.append([role, f"{getattr(config, role)}{at_commit}"])
+            name = card["metadata"].get(role) or getattr(config, role)
+            facts.append([role, name if revision is None else f"{name} at {revision}"])
         if self.store is None:
             facts.append(["features", f"not collected ({self._collect})"])
         else:

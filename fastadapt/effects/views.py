@@ -33,9 +33,13 @@ _TOTALS = 10  # features of a text in its table, at least
 
 
 class View:
-    """A result with a text, its ``repr``, and with HTML, which notebooks show."""
+    """A result with a text, its ``repr``, and with HTML, which notebooks show.
 
-    _template: ClassVar[str]
+    Attributes:
+        template: the template of the HTML.
+    """
+
+    template: ClassVar[str]
 
     def _text(self) -> str:
         raise NotImplementedError
@@ -47,7 +51,7 @@ class View:
         return self._text()
 
     def _repr_html_(self) -> str:
-        return render(self._template, **self._values())
+        return render(self.template, **self._values())
 
 
 def shown_features(fires: Sequence[Sequence[Firing]], top: int) -> tuple[list[Pair], list[Firing]]:
@@ -89,7 +93,7 @@ class TextFeatures(View):
     promoted: Mapping[Pair, Sequence[str]]
     descriptions: Mapping[Pair, str]
     top: int = 5
-    _template = "text-features.html.j2"
+    template = "text-features.html.j2"
 
     def totals(self) -> list[Firing]:
         """Return one entry per feature that fires, summed over tokens, the strongest first."""
@@ -151,7 +155,7 @@ class FeatureCard(View):
     """
 
     details: UnitDetails
-    _template = "feature.html.j2"
+    template = "feature.html.j2"
 
     def _text(self) -> str:
         return "\n".join(unit_lines(self.details))
@@ -189,7 +193,7 @@ class TextKL(View):
     """
 
     trace: Trace
-    _template = "text-kl.html.j2"
+    template = "text-kl.html.j2"
 
     def __getitem__(self, model: str) -> list[float]:
         """Return the KL after each token of ``base``, ``hybrid`` or ``adapter``."""
@@ -240,7 +244,7 @@ class Responses(View):
     """
 
     responses: Sequence[Generated]
-    _template = "responses.html.j2"
+    template = "responses.html.j2"
 
     @property
     def text(self) -> str:

@@ -53,7 +53,7 @@ def is_local(run: str | os.PathLike[str]) -> bool:
     that name exists, and ``owner`` is not a folder in the working directory.
 
     Example:
-        >>> is_local("./runs"), is_local("/runs/x"), is_local(Path("a/b")), is_local("ann/run@v2")
+        >>> is_local("./runs"), is_local("/runs/x"), is_local("a/b/c"), is_local("ann/run@v2")
         (True, True, True, False)
     """
     if not isinstance(run, str):

@@ -49,13 +49,7 @@ def test_a_run_shows_itself_in_python(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split("│")[1].strip() for row in rows[2:7]] == [
-        "<bos>",
-        "␣tom",
-        "␣has",
-        "␣3",
-        "␣apples",
-    ]
+    assert [row.split("│")[1].strip() for row in rows[2:6]] == ["␣tom", "␣has", "␣3", "␣apples"]
     names: dict[str, Any] = {}
     for code in blocks("python", "docs/python.md"):
         exec(compile(code, "docs/python.md", "exec"), names)

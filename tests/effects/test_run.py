@@ -106,11 +106,11 @@ def test_kls_are_those_of_plain_models_and_colour_the_tokens(
     html = page(shown)
     shades = [float(style.split(",")[-1].rstrip(")")) for style in html.styles]
     every = [*shown["base"], *shown["hybrid"], *shown["adapter"]]
-    assert shades == pytest.approx([0.75 * (1 - math.exp(-kl)) for kl in every], abs=6e-4)
+    assert shades == pytest.approx([0.75 * (1 - math.exp(-size)) for size in every], abs=6e-4)
     assert max(shades) > 2 * min(shades)
-    for kl in every:
-        assert f"KL {number(kl)} after" in " ".join(html.titles)
-        assert number(kl) in html.text
+    for size in every:
+        assert f"KL {number(size)} after" in " ".join(html.titles)
+        assert number(size) in html.text
     with pytest.raises(UserError, match="expected one of hybrid, adapter, got 'base'"):
         run.kl(IDS)["base"]
 

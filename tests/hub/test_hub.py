@@ -209,10 +209,10 @@ def test_a_pair_of_local_folders_needs_names_on_the_hub(
     hub: FakeHub, local_run: tuple[Path, str, str]
 ) -> None:
     run, target, base = local_run
-    for names, role, folder in (({}, "target", target), ({"target": "ann/target"}, "base", base)):
-        hub.create("ann/target")
+    hub.create("ann/target")
+    for typed, role, folder in ((None, "target", target), ("ann/target", "base", base)):
         with pytest.raises(UserError, match=rf"the {role}, {folder}, is a folder .*--{role} OWNER"):
-            push(run, "ann/run", **names)
+            push(run, "ann/run", target=typed)
     assert "ann/run" not in hub.repositories
     commits = {"target": hub.repositories["ann/target"].head, "base": hub.create("bob/base").head}
     hub.repositories["bob/base"].add({"config.json": b"{}"})
