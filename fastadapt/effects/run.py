@@ -24,7 +24,7 @@ from fastadapt.effects.views import (
     View,
     shown_features,
 )
-from fastadapt.errors import UserError
+from fastadapt.errors import UserError, require
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.details import first_descriptions, read_details
@@ -81,6 +81,7 @@ class LoadedRun(View, RunContents):
         Raises:
             UserError: the run has no transcoders, or the text is empty or too long.
         """
+        require(top >= 0, "top", "0 or more", top)
         ids = self._ids(text, plain)
         check_text(self.models, ids)
         fires = firings(self, ids)
@@ -104,6 +105,7 @@ class LoadedRun(View, RunContents):
         Raises:
             UserError: no features were collected, or the feature does not exist.
         """
+        require(examples >= 0, "examples", "0 or more", examples)
         if self.store is None:
             raise UserError(
                 f"{self.source}: no features were collected from this run yet; run "

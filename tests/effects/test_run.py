@@ -157,6 +157,10 @@ def test_a_card_is_that_of_the_terminal_and_needs_no_model(
         assert f"{example.before}{example.token}{example.after}" in html.text
     with pytest.raises(UserError, match="feature: expected 0 to 15, got 16"):
         run.feature(2, 16)
+    with pytest.raises(UserError, match="examples: expected 0 or more, got -1"):
+        run.feature(2, 7, examples=-1)
+    with pytest.raises(UserError, match="top: expected 0 or more, got -1"):
+        run.features(IDS, top=-1)
     for text in (repr(run), page(run).text):
         assert "organism/target" in text
         assert "adapter, λ=0.03" in text
