@@ -70,7 +70,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     from fastadapt import __version__
 
-    with hub_errors(repository, revision):
+    with hub_errors(repository, revision, tried="no such folder, and "):
         folder = snapshot_download(
             repository,
             revision=revision,

@@ -12,13 +12,14 @@ _LOG_IN = "log in (hf auth login) or set HF_TOKEN"
 
 @contextmanager
 def hub_errors(
-    repository: str, revision: str | None = None, *, writing: bool = False
+    repository: str, revision: str | None = None, *, tried: str = "", writing: bool = False
 ) -> Iterator[None]:
     """Raise errors of the hub's client as one sentence about ``repository``.
 
     Args:
         repository: name of the repository.
         revision: the revision that was asked for.
+        tried: what was looked up before, such as "no such folder, and ".
         writing: whether the calls write to the repository.
 
     Raises:
@@ -49,8 +50,8 @@ def hub_errors(
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{repository}: no repository of this name on {hub}, or a private one that your token "
-            f"may not read; check the name, or {_LOG_IN}"
+            f"{repository}: {tried}no repository of this name on {hub}, or a private one that your "
+            f"token may not read; check the name, or {_LOG_IN}"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
@@ -59,7 +60,7 @@ def hub_errors(
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
-            f"{repository}: {hub} cannot be reached, and the hub's cache "
+            f"{repository}: {tried}{hub} cannot be reached, and the hub's cache "
             f"({constants.HF_HUB_CACHE}) does not hold it; connect, or give a local folder"
         ) from error
     except HfHubHTTPError as error:

@@ -275,7 +275,9 @@ def test_a_private_run_needs_a_token(
     assert hub.repositories["ann/secret"].private
     for token in ("", "hf_bob"):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(UserError, match=r"ann/secret: no repository .* or a private one"):
+        with pytest.raises(
+            UserError, match=r"ann/secret: no such folder, and no repository .* or a private one"
+        ):
             fastadapt.load("ann/secret")
     monkeypatch.setenv("HF_TOKEN", "hf_ann")
     assert fastadapt.load("ann/secret").commit == hub.repositories["ann/secret"].head
@@ -285,7 +287,10 @@ def test_what_the_hub_does_not_have_is_named(hub: FakeHub, run: Path) -> None:
     push(run, "ann/run")
     hub.create("ann/model", {"model.safetensors": b"x"})
     for source, message in (
-        ("ann/nothing", "ann/nothing: no repository of this name on http://127.0.0.1"),
+        (
+            "ann/nothing",
+            "ann/nothing: no such folder, and no repository of this name on http://127.0.0.1",
+        ),
         ("ann/run@v9", "ann/run has no revision 'v9'; give a branch, tag or commit"),
         (f"ann/run@{'a' * 40}", "ann/run has no revision 'aaaa"),
         ("ann/model", "ann/model: expected a run .* without adapter/fastadapt.json"),
@@ -364,7 +369,9 @@ def test_a_hub_out_of_reach_leaves_the_cache(hub: FakeHub, run: Path) -> None:
     huggingface_hub.close_session()  # a connection that is open would still be answered
     for name in ("ann/run", f"ann/run@{commit}"):
         assert fastadapt.load(name).commit == commit
-    with pytest.raises(UserError, match=r"ann/other: .* cannot be reached, and the hub's cache"):
+    with pytest.raises(
+        UserError, match=r"ann/other: no such folder, and .* cannot be reached, and the hub's cache"
+    ):
         fastadapt.load("ann/other")
 
 
