@@ -21,7 +21,6 @@ from fastadapt.effects.views import (
     Responses,
     TextFeatures,
     TextKL,
-    View,
     shown_features,
 )
 from fastadapt.errors import UserError, require
@@ -37,6 +36,7 @@ from fastadapt.io.names import has_file
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.reporting.formatting import number
+from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
 from fastadapt.training.config import load_config
 from fastadapt.training.logs.run_log import comparison, read_summary
@@ -47,7 +47,7 @@ Text = str | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, repr=False)
-class LoadedRun(View, RunContents):
+class LoadedRun(RunContents):
     """A finished run; see :func:`load`.
 
     Attributes:
@@ -60,7 +60,6 @@ class LoadedRun(View, RunContents):
 
     source: str
     commit: str | None = None
-    template = "loaded-run.html.j2"
 
     @property
     def replacement(self) -> ReplacementModel:
@@ -230,18 +229,19 @@ class LoadedRun(View, RunContents):
         summary = read_summary(self._folder / SUMMARY)
         return comparison(summary, layers=False) if summary else None
 
-    def _text(self) -> str:
+    def __repr__(self) -> str:
         facts, results = self._facts(), self._results()
         width = max(len(name) for name, _ in facts)
         lines = [self.source, *(f"  {name:<{width}}  {value}" for name, value in facts)]
         return "\n".join([*lines, *([] if results is None else ["", table_text(*results)])])
 
-    def _values(self) -> dict[str, Any]:
-        return {"name": self.source, "facts": self._facts(), "results": self._results()}
+    def _repr_html_(self) -> str:
+        results = self._results()
+        return render("loaded-run.html.j2", name=self.source, facts=self._facts(), results=results)
 
 
 def load(
-    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     *,
     revision: str | None = None,
     store: str | os.PathLike[str] | None = None,
@@ -256,8 +256,8 @@ def load(
     A name that could be a path is never looked up on the hub.
 
     Args:
-        source: folder of a run or of adapters; or a run on the Hugging Face hub, ``owner/name`` or
-            ``owner/name@revision``, whose adapters are downloaded.
+        path: folder of a run or of adapters; or the name of a run on the Hugging Face hub,
+            ``owner/name`` or ``owner/name@revision``, whose adapters are downloaded.
         revision: branch, tag or commit on the hub; the main branch by default.
         store: folder of collected features; ``features`` in the run by default.
         dtype, device, attention: settings of the pair in place of the run's.
@@ -279,7 +279,7 @@ def load(
         run.generate("tom has 3 apples .", scale={(2, 17): 0.0})
         run.kl("tom has 3 apples")                # per token
     """
-    located = locate(source, revision)
+    located = locate(path, revision)
     models = ModelSet.open(
         [located.folder],
         [RUN],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from fastadapt.effects.generate import Generated
 from fastadapt.effects.texts import (
@@ -30,28 +29,6 @@ from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
 
 _TOTALS = 10  # features of a text in its table, at least
-
-
-class View:
-    """A result with a text, its ``repr``, and with HTML, which notebooks show.
-
-    Attributes:
-        template: the template of the HTML.
-    """
-
-    template: ClassVar[str]
-
-    def _text(self) -> str:
-        raise NotImplementedError
-
-    def _values(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return self._text()
-
-    def _repr_html_(self) -> str:
-        return render(self.template, **self._values())
 
 
 def shown_features(fires: Sequence[Sequence[Firing]], top: int) -> tuple[list[Pair], list[Firing]]:
@@ -75,7 +52,7 @@ def shown_features(fires: Sequence[Sequence[Firing]], top: int) -> tuple[list[Pa
 
 
 @dataclass(frozen=True, repr=False)
-class TextFeatures(View):
+class TextFeatures:
     """The active features of each token of a text.
 
     Attributes:
@@ -93,7 +70,6 @@ class TextFeatures(View):
     promoted: Mapping[Pair, Sequence[str]]
     descriptions: Mapping[Pair, str]
     top: int = 5
-    template = "text-features.html.j2"
 
     def totals(self) -> list[Firing]:
         """Return one entry per feature that fires, summed over tokens, the strongest first."""
@@ -103,7 +79,7 @@ class TextFeatures(View):
         strongest = shown_features(self.fires, self.top)[1]
         return features_table(strongest, len(self.ids), self.promoted, self.descriptions)
 
-    def _text(self) -> str:
+    def __repr__(self) -> str:
         rows = []
         for i, (token, here) in enumerate(zip(self.tokens, self.fires, strict=True)):
             parts = [
@@ -120,7 +96,7 @@ class TextFeatures(View):
     def _promoted(self, firing: Firing, n: int) -> str:
         return " ".join(map(token_text, self.promoted[firing.pair][:n]))
 
-    def _values(self) -> dict[str, Any]:
+    def _repr_html_(self) -> str:
         largest = max((here[0].contribution for here in self.fires if here), default=0.0)
         rows = []
         for token, here in zip(self.tokens, self.fires, strict=True):
@@ -135,7 +111,7 @@ class TextFeatures(View):
                 for firing in here[: self.top]
             ]
             rows.append((token_text(token), features, max(0, len(here) - self.top)))
-        return {"rows": rows, "features": self._table()}
+        return render("text-features.html.j2", rows=rows, features=self._table())
 
     def _about(self, firing: Firing) -> str:
         lines = [
@@ -147,7 +123,7 @@ class TextFeatures(View):
 
 
 @dataclass(frozen=True, repr=False)
-class FeatureCard(View):
+class FeatureCard:
     """Everything that a store says about a feature, as ``fastadapt features show`` prints it.
 
     Attributes:
@@ -155,12 +131,11 @@ class FeatureCard(View):
     """
 
     details: UnitDetails
-    template = "feature.html.j2"
 
-    def _text(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(unit_lines(self.details))
 
-    def _values(self) -> dict[str, Any]:
+    def _repr_html_(self) -> str:
         unit = self.details
         tiles = [
             ("Density", percent(unit.density), "of tokens"),
@@ -172,20 +147,21 @@ class FeatureCard(View):
         ]
         if unit.delta_kl is not None:
             tiles.append(("When ablated", f"{unit.delta_kl:+.3g}", "KL, nats per token"))
-        return {
-            "unit": unit,
-            "tiles": tiles,
-            "lens": [
+        return render(
+            "feature.html.j2",
+            unit=unit,
+            tiles=tiles,
+            lens=[
                 (title, [(token, number(logit)) for token, logit in tokens])
                 for title, tokens in (("Promotes", unit.promoted), ("Suppresses", unit.suppressed))
             ],
-            "examples": [(number(example.value), example) for example in unit.examples],
-            "scores": [percent(described["accuracy"]) for described in unit.descriptions],
-        }
+            examples=[(number(example.value), example) for example in unit.examples],
+            scores=[percent(described["accuracy"]) for described in unit.descriptions],
+        )
 
 
 @dataclass(frozen=True, repr=False)
-class TextKL(View):
+class TextKL:
     """KL(target ‖ model) of the next token after each token of a text, in nats.
 
     Attributes:
@@ -193,7 +169,6 @@ class TextKL(View):
     """
 
     trace: Trace
-    template = "text-kl.html.j2"
 
     def __getitem__(self, model: str) -> list[float]:
         """Return the KL after each token of ``base``, ``hybrid`` or ``adapter``."""
@@ -210,10 +185,10 @@ class TextKL(View):
         means = (f"{model} {number(self.mean(model))}" for model in self.trace.kl)
         return f"mean KL to the target, nats per token: {', '.join(means)}"
 
-    def _text(self) -> str:
+    def __repr__(self) -> str:
         return f"{table_text(*token_table(self.trace), left=True)}\n\n{self._means()}"
 
-    def _values(self) -> dict[str, Any]:
+    def _repr_html_(self) -> str:
         target = self.trace.predicted["target"]
         lines = []
         for model, kl in self.trace.kl.items():
@@ -232,11 +207,12 @@ class TextKL(View):
                     ],
                 )
             )
-        return {"means": self._means(), "lines": lines, "numbers": token_table(self.trace)}
+        numbers = token_table(self.trace)
+        return render("text-kl.html.j2", means=self._means(), lines=lines, numbers=numbers)
 
 
 @dataclass(frozen=True, repr=False)
-class Responses(View):
+class Responses:
     """Responses of one or several models to a prompt.
 
     Attributes:
@@ -244,7 +220,6 @@ class Responses(View):
     """
 
     responses: Sequence[Generated]
-    template = "responses.html.j2"
 
     @property
     def text(self) -> str:
@@ -259,11 +234,12 @@ class Responses(View):
         names = ", ".join(each.model for each in self.responses)
         raise UserError(f"model: expected one of {names}, got {model!r}")
 
-    def _text(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
-    def _values(self) -> dict[str, Any]:
-        return {"responses": [(each, visible_lines(each.text)) for each in self.responses]}
+    def _repr_html_(self) -> str:
+        shown = [(each, visible_lines(each.text)) for each in self.responses]
+        return render("responses.html.j2", responses=shown)
 
 
 def _shade(share: float) -> str:

@@ -193,7 +193,7 @@ def test_hostile_texts_stay_texts(save_model: Callable[..., str], tmp_path: Path
     fires = [np.ones((1, len(IDS), 2), np.float32)]
     store = make_store(tmp_path / "store", texts, fires, [f"{EVIL}{i}" for i in range(40)]).store
     (unit,) = read_details(store, [(0, 1)])
-    views = [run.features(IDS), run.kl(IDS), FeatureCard(unit)]
+    views: list[Any] = [run.features(IDS), run.kl(IDS), FeatureCard(unit)]
     views += [run.generate(IDS, models=["target"], max_new_tokens=4)]
     for view in views:
         assert token_text(EVIL) in page(view).text
