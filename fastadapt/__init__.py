@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fastadapt.adapter.files import save_adapters
     from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
     from fastadapt.adapter.sae import SAE, Transcoder
+    from fastadapt.effects.run import LoadedRun, load, load_run
     from fastadapt.errors import RunError, UserError
-    from fastadapt.features.loading import LoadedRun, load_run
     from fastadapt.interventions import scale_features
     from fastadapt.models.replacement import (
         ModelPair,
@@ -40,6 +40,7 @@ __all__ = [
     "TranscoderAdapter",
     "UserError",
     "__version__",
+    "load",
     "load_adapters",
     "load_run",
     "save_adapters",
@@ -50,8 +51,8 @@ _MODULES = {
     "fastadapt.adapter.files": ("save_adapters",),
     "fastadapt.adapter.module": ("AdapterConfig", "TranscoderAdapter"),
     "fastadapt.adapter.sae": ("SAE", "Transcoder"),
+    "fastadapt.effects.run": ("LoadedRun", "load", "load_run"),
     "fastadapt.errors": ("RunError", "UserError"),
-    "fastadapt.features.loading": ("LoadedRun", "load_run"),
     "fastadapt.interventions": ("scale_features",),
     "fastadapt.models.replacement": (
         "ModelPair",

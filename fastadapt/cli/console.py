@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastadapt.errors import ModelsChangedWarning
+from fastadapt.reporting.terminal import rich_table
 
 #: Replacements for characters of the library's texts that an encoding lacks.
 _STAND_INS = str.maketrans(
@@ -87,17 +88,10 @@ def show_warnings() -> None:
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
     """Print a table. Columns after the first are right-aligned; left-aligned if ``left``."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     # A pipe has no width: lines there are as long as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(rich_table(head, rows, left=left))
 
 
 def quiet_transformers() -> None:

@@ -37,12 +37,13 @@ def contrast(
     """
     from fastadapt.effects.contrast import CONTENTS, RESULT
     from fastadapt.effects.contrast import contrast as measure_contrast
+    from fastadapt.effects.run import load
     from fastadapt.evaluation.contrast.report import contrast_tables
     from fastadapt.evaluation.folder import opened
-    from fastadapt.features.loading import load_run
 
     folder = typed_path(output, "--output") if output else typed_path(run, "run") / "contrast"
-    loaded = load_run(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _ = loaded.model  # an error in the models must not change the folder
     with (
         opened(folder, overwrite=overwrite, contents=CONTENTS) as out,
         stoppable() as (stop, progress),

@@ -14,7 +14,13 @@ from fastadapt.cli.progress import stoppable
 from fastadapt.data.rendered import Prefill
 from fastadapt.effects.ablation import EffectsConfig
 from fastadapt.effects.changes import ChangesConfig
-from fastadapt.effects.texts import UNIT_HEAD, trace_tables, unit_lines, unit_row
+from fastadapt.effects.texts import (
+    UNIT_HEAD,
+    responses_text,
+    trace_tables,
+    unit_lines,
+    unit_row,
+)
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
@@ -22,7 +28,7 @@ from fastadapt.io.names import typed_path
 from fastadapt.reporting.formatting import number
 
 if TYPE_CHECKING:
-    from fastadapt.features.loading import LoadedRun
+    from fastadapt.effects.run import LoadedRun
     from fastadapt.features.store.details import UnitDetails
 
 
@@ -138,7 +144,7 @@ def trace(
     and the KL of base, hybrid and adapter to the target's next-token distribution.
 
     Args:
-        run: folder of a finished run
+        run: folder of a finished run, or its name on the hub, OWNER/NAME
         prompt: a user's prompt, rendered as the training data of the run were
         response: text of the response; by default the most likely response of the target
         max_new_tokens: number of tokens of the target's response, at most; 0: the prompt alone
@@ -183,9 +189,9 @@ def trace(
 
 
 def _load(run: str, dtype: str | None, device: str | None, trust: bool) -> LoadedRun:
-    from fastadapt.features.loading import load_run
+    from fastadapt.effects.run import load
 
-    loaded = load_run(run, dtype=dtype, device=device, trust_remote_code=trust)
+    loaded = load(run, dtype=dtype, device=device, trust_remote_code=trust)
     if not loaded.model.n_features:
         raise UserError(f"{run}: this run trained no transcoders, so it has no features")
     return loaded
@@ -212,7 +218,7 @@ def generate(
     models of the pair.
 
     Args:
-        run: folder of a finished run
+        run: folder of a finished run, or its name on the hub, OWNER/NAME
         prompt: a user's prompt, rendered as the training data of the run were
         without: features to remove: sets of the run, or features such as 2/17,3/401
         scale: features and their factor, such as 2/17=0 or a set with hesitation=-0.5
@@ -239,10 +245,8 @@ def generate(
     if json:
         print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
         return 0
-    for i, each in enumerate(responses):
-        if len(responses) > 1:
-            print("\n" * (i > 0) + f"--- {each.model}")
-        print(each.text)
+    print(responses_text(responses))
+    for each in responses:
         if each.finish == "length":
             say(f"{each.model}: ended after {len(each.tokens):,} tokens (--max_new_tokens)")
     return 0

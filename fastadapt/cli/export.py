@@ -1,4 +1,4 @@
-"""`fastadapt export` and `fastadapt import`: to and from the formats of other projects."""
+"""Commands that write, read and share files: `fastadapt export`, `import` and `push`."""
 
 from __future__ import annotations
 
@@ -242,3 +242,42 @@ def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
         read = typed_path(resolve(source), "source")
         if os.path.realpath(read) == os.path.realpath(output):
             raise UserError(f"--output: {output} is read by this export; give a new folder")
+
+
+def push(
+    run: str,
+    repository: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    target: str | None = None,
+    base: str | None = None,
+    tokenizer: str | None = None,
+) -> int:
+    """Push a run's adapters to the Hugging Face hub, with its settings, its summary and a model
+    card, in one commit. Checkpoints, features and the models' weights stay here.
+
+    Args:
+        run: folder of a finished run, or of adapters
+        repository: OWNER/NAME; created if it does not exist
+        private: create a private repository
+        license: licence of the adapters, as the hub names it, such as apache-2.0
+        target: hub id of the target, if the run names a local folder; OWNER/NAME or
+            OWNER/NAME@REVISION, whose commit is recorded
+        base: hub id of the base, likewise
+        tokenizer: hub id of the tokenizer, likewise, without a revision
+    """
+    from fastadapt.hub.push import push as push_run
+
+    pushed = push_run(
+        run,
+        repository,
+        private=private or None,
+        license=license,
+        target=target,
+        base=base,
+        tokenizer=tokenizer,
+    )
+    print(f"pushed: {pushed.url}\ncommit: {pushed.commit}")
+    print(f"Load it with:  fastadapt.load({pushed.repository!r}, revision={pushed.commit!r})")
+    return 0

@@ -52,10 +52,11 @@ COMMANDS = {
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "import": ("export:import_", "read SAEs or transcoders of another project"),
+    "push": ("export:push", "push a run to the Hugging Face hub, with a model card"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("contrast", "eval", "generate", "intervene", "study", "trace", "where")
+_HELPFUL = ("contrast", "eval", "generate", "intervene", "push", "study", "trace", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from fastadapt.effects.trace import ADAPTER
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.measure import Reader
 from fastadapt.evaluation.contrast.result import ModelKind
-from fastadapt.features.loading import LoadedRun
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.selection import matched
 from fastadapt.features.store.sets import FeatureSet, Pair
 from fastadapt.features.store.store import adapter_digest
@@ -85,7 +85,7 @@ class _Change:
 
 @contextmanager
 def _changed(
-    run: LoadedRun, features: FeatureSet, factor: float, onto: Literal["base", "target"]
+    run: RunContents, features: FeatureSet, factor: float, onto: Literal["base", "target"]
 ) -> Iterator[Any]:
     # The features are scaled second: a run's adapters are set when its model is entered.
     with (
@@ -96,7 +96,7 @@ def _changed(
 
 
 def arms_of(
-    run: LoadedRun,
+    run: RunContents,
     sets: Sequence[str],
     *,
     base: bool,
@@ -156,7 +156,7 @@ def arms_of(
 class _Source:
     """The run whose features are changed; its files are hashed once."""
 
-    def __init__(self, run: LoadedRun) -> None:
+    def __init__(self, run: RunContents) -> None:
         self._run = run
         #: The models of the pair depend on the same files.
         self._sha256 = {RUN: run.models.fingerprint(RUN), "": run.models.fingerprint("target")}

@@ -21,8 +21,8 @@ from fastadapt.effects.requests import opening_ids
 from fastadapt.effects.trace import ADAPTER, firings, logits_of, promotes
 from fastadapt.errors import UserError
 from fastadapt.features.collect.texts import Text
-from fastadapt.features.loading import LoadedRun
-from fastadapt.features.store.characters import join_characters, visible
+from fastadapt.features.loading import RunContents
+from fastadapt.features.store.characters import join_characters, visible, visible_lines
 from fastadapt.features.store.details import read_details, token_text
 from fastadapt.features.store.logit_lens import strings_of
 from fastadapt.features.store.ranking import by_layer, strongest
@@ -80,7 +80,7 @@ class _Place(NamedTuple):
 
 
 def changes(
-    run: LoadedRun,
+    run: RunContents,
     config: ChangesConfig | None = None,
     *,
     progress: Callable[[str, int, int], None] | None = None,
@@ -136,7 +136,7 @@ def changes(
 class _Sums:
     """KLs summed over the predicted tokens of all texts so far."""
 
-    def __init__(self, run: LoadedRun, pairs: Sequence[Pair]) -> None:
+    def __init__(self, run: RunContents, pairs: Sequence[Pair]) -> None:
         self._model = run.model
         self.positions = 0
         self.kl = {"hybrid": 0.0, ADAPTER: 0.0}
@@ -173,7 +173,7 @@ class _Sums:
         rises = [self.mean(self._rises[pair]) for pair in pairs]
         return [{**asdict(unit), "delta_kl": rise} for unit, rise in zip(units, rises, strict=True)]
 
-    def places(self, run: LoadedRun, texts: Sequence[Text], n: int) -> list[tuple[_Place, int]]:
+    def places(self, run: RunContents, texts: Sequence[Text], n: int) -> list[tuple[_Place, int]]:
         """Return the positions with the hybrid's largest KL, one for each pair of adjacent tokens.
 
         Positions are of one kind if the token and the token after it are equal. Each comes with the
@@ -188,7 +188,7 @@ class _Sums:
         return list(kinds.values())[:n]
 
 
-def _disagreement(run: LoadedRun, text: Text, place: _Place, count: int) -> dict[str, Any]:
+def _disagreement(run: RunContents, text: Text, place: _Place, count: int) -> dict[str, Any]:
     """Return what the models predict at a position, and the features that close the gap there."""
     ids, t = text.tokens.tolist(), place.position
     ids = ids[: t + 1]
@@ -232,7 +232,7 @@ def _line(strings: Sequence[str]) -> str:
     return visible("".join(text for text, _ in join_characters(strings)))
 
 
-def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, float]]:
+def _likely(run: RunContents, name: str, ids: Sequence[int]) -> list[tuple[str, float]]:
     (logits,) = logits_of(run.models, name, ids, last=1)
     shares, tokens = logits.double().softmax(-1).topk(_LIKELY)
     texts = map(token_text, strings_of(run.pair.tokenizer, tokens.tolist()))
@@ -240,7 +240,7 @@ def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, fl
 
 
 def _responses(
-    run: LoadedRun, texts: Sequence[Text], config: ChangesConfig
+    run: RunContents, texts: Sequence[Text], config: ChangesConfig
 ) -> list[dict[str, Any]]:
     """Return models' likeliest responses to the texts' prompts, and where they leave the target."""
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
@@ -252,8 +252,7 @@ def _responses(
     tokenizer = run.pair.tokenizer
 
     def shown(ids: Sequence[int]) -> str:
-        lines = str(tokenizer.decode(ids, skip_special_tokens=False)).split("\n")
-        return "\n".join(map(visible, lines))
+        return visible_lines(str(tokenizer.decode(ids, skip_special_tokens=False)))
 
     out = []
     for ids, responses in zip(prompts, generate_all(run, prompts, settings), strict=True):

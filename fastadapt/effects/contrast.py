@@ -47,7 +47,7 @@ from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.folder import LOCK, present
 from fastadapt.evaluation.generation.responses import read_responses
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
-from fastadapt.features.loading import LoadedRun
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.interventions import SCALE
@@ -116,7 +116,7 @@ class ContrastConfig:
 
 
 def contrast(
-    run: LoadedRun,
+    run: RunContents,
     folder: Path,
     config: ContrastConfig,
     statistics: BootstrapConfig,
@@ -234,13 +234,13 @@ def _plain(word: str) -> str:
 # --- texts and places -----------------------------------------------------------------------------
 
 
-def _source(run: LoadedRun, responses: str | None) -> Source:
+def _source(run: RunContents, responses: str | None) -> Source:
     """Return the default source of labels: slips for an embedded pair's own data, else words."""
     generated = run.config is not None and run.config.data.validation in NAMES
     return "slips" if generated and responses is None else "words"
 
 
-def _texts(run: LoadedRun, n: int, responses: str | None) -> list[Text]:
+def _texts(run: RunContents, n: int, responses: str | None) -> list[Text]:
     """Return the first responses of a file with their prompts, or the run's held-out data."""
     n_rows, context = len(run.model.head), run.model.model.config.max_position_embeddings
     if responses is None:
@@ -269,7 +269,7 @@ def _texts(run: LoadedRun, n: int, responses: str | None) -> list[Text]:
 class _Reading:
     """Computes quantities of models at positions of the texts, and stores them."""
 
-    run: LoadedRun
+    run: RunContents
     texts: list[Text]
     folder: Path
     batch_tokens: int

@@ -11,7 +11,7 @@ from fastadapt.effects.trace import ADAPTER, COMPARED
 from fastadapt.errors import UserError
 from fastadapt.evaluation.generation.responses import Request
 from fastadapt.evaluation.generation.sampling import SamplingConfig, sample
-from fastadapt.features.loading import LoadedRun
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair
 from fastadapt.interventions import scale_features
 
@@ -73,7 +73,7 @@ class Generated:
 
 
 def generate(
-    run: LoadedRun,
+    run: RunContents,
     prompt: Sequence[int],
     config: GenerateConfig | None = None,
     factors: Mapping[Pair, float] | None = None,
@@ -81,7 +81,7 @@ def generate(
     """Generate a response with each model.
 
     Args:
-        run: the run, see :func:`fastadapt.load_run`.
+        run: the run, see :func:`fastadapt.load`.
         prompt: tokens of the prompt.
         config: settings.
         factors: factor of features of the model ``adapter``, see
@@ -97,7 +97,7 @@ def generate(
 
 
 def generate_all(
-    run: LoadedRun,
+    run: RunContents,
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig | None = None,
     factors: Mapping[Pair, float] | None = None,

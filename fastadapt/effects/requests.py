@@ -13,14 +13,14 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
 from fastadapt.evaluation.models_under_test import ModelSet
-from fastadapt.features.loading import LoadedRun
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.io.names import has_file
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.training.config import load_config
 
-RUN = "run"  # name of the run in LoadedRun.models
+RUN = "run"  # name of the run in RunContents.models
 
 
 def prompt_ids(
@@ -131,7 +131,7 @@ def check_text(models: ModelSet, ids: Sequence[int]) -> None:
 
 
 def factors_of(
-    run: LoadedRun, without: Sequence[str] = (), scale: Sequence[str] = ()
+    run: RunContents, without: Sequence[str] = (), scale: Sequence[str] = ()
 ) -> dict[Pair, float]:
     """Return the factor of each feature that a request scales.
 
@@ -168,7 +168,7 @@ def _scale(text: str) -> tuple[str, float]:
     return name, factor
 
 
-def _features(run: LoadedRun, name: str) -> Sequence[Pair]:
+def _features(run: RunContents, name: str) -> Sequence[Pair]:
     if "/" in name and not name.endswith(".json"):
         return [pair_of(part) for part in name.split(",")]
     folder = run.models.folder(RUN)

@@ -1,10 +1,14 @@
-"""Features and traces as lines and rows of text, for a terminal."""
+"""Features, traces and responses as lines and rows of text."""
 
 from __future__ import annotations
 
-from fastadapt.effects.trace import Trace, promotes
-from fastadapt.features.loading import LoadedRun
+from collections.abc import Mapping, Sequence
+
+from fastadapt.effects.generate import Generated
+from fastadapt.effects.trace import Firing, Trace, promotes
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.details import UnitDetails, token_text
+from fastadapt.features.store.sets import Pair
 from fastadapt.reporting.formatting import number, percent
 
 #: Head and rows of a table.
@@ -17,7 +21,7 @@ def unit_row(unit: UnitDetails) -> list[str]:
     said = [described["description"] for described in unit.descriptions[:1]]
     promoted = " ".join(token for token, _ in unit.promoted[:5])
     return [
-        f"{unit.layer}/{unit.feature}",
+        feature_name((unit.layer, unit.feature)),
         number(unit.contribution),
         percent(unit.share),
         number(unit.delta_kl),
@@ -59,7 +63,52 @@ def unit_lines(unit: UnitDetails) -> list[str]:
     return lines
 
 
-def trace_tables(run: LoadedRun, traced: Trace, top: int) -> tuple[Rows, Rows, Rows]:
+def token_table(traced: Trace) -> Rows:
+    """Return a row per token: the target's likeliest next token, and each model's KL there.
+
+    A KL is followed by the model's likeliest next token unless it is the target's.
+    """
+    rows = []
+    for i, token in enumerate(traced.tokens):
+        following, share = traced.predicted["target"][i]
+        row = [str(i), token_text(token), f"{token_text(following)} {percent(share)}"]
+        for model, kl in traced.kl.items():
+            said = traced.predicted[model][i][0]
+            row.append(number(kl[i]) + ("" if said == following else f" {token_text(said)}"))
+        rows.append(row)
+    return ["", "token", "target, next", *(f"KL of {model}" for model in traced.kl)], rows
+
+
+def features_table(
+    totals: Sequence[Firing],
+    n_tokens: int,
+    promoted: Mapping[Pair, Sequence[str]],
+    descriptions: Mapping[Pair, str] | None = None,
+) -> Rows:
+    """Return a row per feature of a text: contribution per token, promoted tokens, description.
+
+    Args:
+        totals: features with values summed over the text's tokens.
+        n_tokens: number of tokens of the text.
+        promoted: texts of the tokens that each feature promotes.
+        descriptions: description of each feature that has one; None for no such column.
+    """
+    rows = []
+    for firing in totals:
+        contribution = number(firing.contribution / n_tokens)
+        tokens = " ".join(map(token_text, promoted[firing.pair]))
+        rows.append([feature_name(firing.pair), contribution, tokens])
+        if descriptions:
+            rows[-1].append(descriptions.get(firing.pair, ""))
+    return ["feature", "contribution", "promotes", *["description"] * bool(descriptions)], rows
+
+
+def feature_name(pair: Pair) -> str:
+    """Return the name of a feature, such as ``2/17``."""
+    return f"{pair[0]}/{pair[1]}"
+
+
+def trace_tables(run: RunContents, traced: Trace, top: int) -> tuple[Rows, Rows, Rows]:
     """Return what `fastadapt trace` prints: tables of tokens, of mean KLs and of features.
 
     Args:
@@ -70,17 +119,11 @@ def trace_tables(run: LoadedRun, traced: Trace, top: int) -> tuple[Rows, Rows, R
     shown = {firing.pair for here in traced.fires for firing in here[:top]}
     totals = traced.totals()[: max(10, top)]
     promoted = promotes(run, sorted(shown | {firing.pair for firing in totals}))
-    heads = [f"KL of {model}" for model in traced.kl]
-    tokens = []
-    for i, token in enumerate(traced.tokens):
-        following, share = traced.predicted["target"][i]
-        row = [str(i), token_text(token), f"{token_text(following)} {percent(share)}"]
-        for model, kl in traced.kl.items():
-            said = traced.predicted[model][i][0]
-            row.append(number(kl[i]) + ("" if said == following else f" {token_text(said)}"))
-        pairs = [firing.pair for firing in traced.fires[i][:top]]
-        named = (f"{pair[0]}/{pair[1]} {token_text(promoted[pair][0])}" for pair in pairs)
-        tokens.append([*row, "  ".join(named)])
+    head, tokens = token_table(traced)
+    for row, here in zip(tokens, traced.fires, strict=True):
+        pairs = [firing.pair for firing in here[:top]]
+        named = (f"{feature_name(pair)} {token_text(promoted[pair][0])}" for pair in pairs)
+        row.append("  ".join(named))
     means = []
     for part, places in (
         ("prompt", slice(0, traced.prompt_length)),
@@ -90,16 +133,15 @@ def trace_tables(run: LoadedRun, traced: Trace, top: int) -> tuple[Rows, Rows, R
             means.append(
                 [part, f"{n:,}", *(number(sum(kl[places]) / n) for kl in traced.kl.values())]
             )
-    features = [
-        [
-            f"{firing.layer}/{firing.feature}",
-            number(firing.contribution / len(traced.ids)),
-            " ".join(map(token_text, promoted[firing.pair])),
-        ]
-        for firing in totals
-    ]
     return (
-        (["", "token", "target, next", *heads, "features, promote"], tokens),
-        (["mean", "tokens", *heads], means),
-        (["feature", "contribution", "promotes"], features),
+        ([*head, "features, promote"], tokens),
+        (["mean", "tokens", *head[3:]], means),
+        features_table(totals, len(traced.ids), promoted),
     )
+
+
+def responses_text(responses: Sequence[Generated]) -> str:
+    """Return the texts of responses, each below its model's name if there are several."""
+    if len(responses) == 1:
+        return responses[0].text
+    return "\n\n".join(f"--- {each.model}\n{each.text}" for each in responses)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastadapt.effects.requests import RUN, check_text
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.models_under_test import ModelSet
-from fastadapt.features.loading import LoadedRun
+from fastadapt.features.loading import RunContents
 from fastadapt.features.store.logit_lens import lens, strings_of
 from fastadapt.features.store.sets import Pair
 
@@ -55,7 +55,7 @@ class Trace:
         predicted: by model, ``target`` included: the most likely next token's text and its
             probability.
         kl: by model of ``COMPARED``: KL(target ‖ model) of the next token, in nats.
-        fires: active features, the largest contribution first.
+        fires: active features, the largest contribution first; none without transcoders.
     """
 
     ids: list[int]
@@ -66,19 +66,34 @@ class Trace:
     fires: list[list[Firing]]
 
     def totals(self) -> list[Firing]:
-        """Return one entry per feature that fires: values and contributions summed over tokens,
-        the largest contribution first."""
-        sums: dict[Pair, tuple[float, float]] = {}
-        for firing in (firing for here in self.fires for firing in here):
-            value, contribution = sums.get(firing.pair, (0.0, 0.0))
-            sums[firing.pair] = value + firing.value, contribution + firing.contribution
-        totals = [Firing(*pair, *summed) for pair, summed in sums.items()]
-        return sorted(totals, key=lambda firing: (-firing.contribution, firing.pair))
+        """Return one entry per feature that fires; see :func:`totals`."""
+        return totals(self.fires)
+
+
+def totals(fires: Sequence[Sequence[Firing]]) -> list[Firing]:
+    """Return one entry per feature that fires: values and contributions summed over tokens.
+
+    Args:
+        fires: active features of each token.
+
+    Returns:
+        The features, the largest contribution first.
+
+    Example:
+        >>> totals([[Firing(2, 17, 1.0, 3.0)], [], [Firing(2, 17, 0.5, 1.5)]])
+        [Firing(layer=2, feature=17, value=1.5, contribution=4.5)]
+    """
+    sums: dict[Pair, tuple[float, float]] = {}
+    for firing in (firing for here in fires for firing in here):
+        value, contribution = sums.get(firing.pair, (0.0, 0.0))
+        sums[firing.pair] = value + firing.value, contribution + firing.contribution
+    summed = [Firing(*pair, *values) for pair, values in sums.items()]
+    return sorted(summed, key=lambda firing: (-firing.contribution, firing.pair))
 
 
 @torch.no_grad()
 def trace(
-    run: LoadedRun,
+    run: RunContents,
     ids: Sequence[int],
     prompt_length: int | None = None,
     *,
@@ -87,18 +102,18 @@ def trace(
     """Read a text through base, hybrid, adapter and target.
 
     Args:
-        run: the run, see :func:`fastadapt.load_run`.
+        run: the run, see :func:`fastadapt.load`.
         ids: tokens of the text.
         prompt_length: number of tokens of the prompt; all by default.
         base: load the base as a whole model and compare it, too.
 
     Raises:
-        UserError: the text has no token, is longer than the context, or the run has no features.
+        UserError: the text has no token, or is longer than the context.
         RunError: a prediction is not finite.
 
     Example::
 
-        run = load_run("runs/organism")
+        run = fastadapt.load("runs/organism")
         ids = run.pair.tokenizer("tom has 3 apples")["input_ids"]
         trace(run, ids).kl["hybrid"]
     """
@@ -113,7 +128,8 @@ def trace(
         predicted[name] = _most_likely(run, logits)
     length = len(ids) if prompt_length is None else prompt_length
     texts = strings_of(run.pair.tokenizer, list(ids))
-    return Trace(list(ids), texts, length, predicted, kl, firings(run, ids))
+    fires: list[list[Firing]] = firings(run, ids) if run.model.n_features else [[] for _ in ids]
+    return Trace(list(ids), texts, length, predicted, kl, fires)
 
 
 def logits_of(models: ModelSet, name: str, ids: Sequence[int], *, last: int = 0) -> Tensor:
@@ -151,7 +167,7 @@ def divergences(target: Tensor, model: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def firings(run: LoadedRun, ids: Sequence[int]) -> list[list[Firing]]:
+def firings(run: RunContents, ids: Sequence[int]) -> list[list[Firing]]:
     """Return the active features of each token of a text, the largest contribution first."""
     fires: list[list[Firing]] = [[] for _ in ids]
     adapter: Any
@@ -173,7 +189,7 @@ def firings(run: LoadedRun, ids: Sequence[int]) -> list[list[Firing]]:
     return fires
 
 
-def promotes(run: LoadedRun, pairs: Sequence[Pair], n: int = 5) -> dict[Pair, list[str]]:
+def promotes(run: RunContents, pairs: Sequence[Pair], n: int = 5) -> dict[Pair, list[str]]:
     """Return the texts of the ``n`` tokens that each feature promotes most, by the logit lens."""
     tokenizer = run.pair.tokenizer
     head = run.model.head[: min(len(run.model.head), len(tokenizer))]
@@ -187,7 +203,7 @@ def promotes(run: LoadedRun, pairs: Sequence[Pair], n: int = 5) -> dict[Pair, li
     return texts
 
 
-def _most_likely(run: LoadedRun, logits: Tensor) -> list[tuple[str, float]]:
+def _most_likely(run: RunContents, logits: Tensor) -> list[tuple[str, float]]:
     pairs = [chunk.double().softmax(-1).max(-1) for chunk in logits.split(_CHUNK)]
     shares = torch.cat([values for values, _ in pairs]).tolist()
     tokens = torch.cat([indices for _, indices in pairs]).tolist()

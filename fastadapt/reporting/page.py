@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,8 @@ def style_sheet() -> str:
     return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
-def render_page(path: Path, template: str, **values: Any) -> None:
-    """Write an HTML page from a template; an existing file is replaced.
-
-    Args:
-        path: path of the page.
-        template: name of a file in ``templates/``.
-        values: variables of the template.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+@cache
+def _environment() -> Any:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -51,7 +43,31 @@ def render_page(path: Path, template: str, **values: Any) -> None:
     environment.filters["svg"] = lambda figure, size: Markup(inline_svg(figure, size))
     environment.filters["legend"] = legend_keys
     environment.filters["ends"] = _with_ends
-    text = environment.get_template(template).render(values)
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the text of a template with its variables; every value is escaped for HTML.
+
+    Args:
+        template: name of a file in ``templates/``.
+        values: variables of the template.
+    """
+    text: str = _environment().get_template(template).render(values)
+    return text
+
+
+def render_page(path: Path, template: str, **values: Any) -> None:
+    """Write an HTML page from a template; an existing file is replaced.
+
+    Args:
+        path: path of the page.
+        template, values: arguments of :func:`render`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = render(template, **values)
     with replacing(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8")
 

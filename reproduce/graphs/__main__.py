@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
+from fastadapt.effects.run import load_run
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.loading import load_run
 from fastadapt.graphs.evidence import EvidenceConfig
 from fastadapt.graphs.graph import GraphConfig
 from fastadapt.reporting.formatting import number

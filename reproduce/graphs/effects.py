@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from fastadapt.effects.run import LoadedRun
 from fastadapt.evaluation.statistics import ratio
-from fastadapt.features.loading import LoadedRun
 from fastadapt.graphs.attribution import Leaves
 from fastadapt.graphs.evidence import EvidenceConfig, Sample, measure_evidence
 from fastadapt.graphs.linear.trace import Stream, record

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt.effects.run import LoadedRun
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.places import slip_places
 from fastadapt.evaluation.difference.texts import held_out_texts
 from fastadapt.evaluation.statistics import ratio
-from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.selection import SelectConfig, by_sql, matched, select
 from fastadapt.features.store.store import Store

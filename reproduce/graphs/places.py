@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastadapt.data.mixtures import load_held_out
+from fastadapt.effects.run import LoadedRun
 from fastadapt.errors import UserError
-from fastadapt.features.loading import LoadedRun
 from fastadapt.graphs.targets import Difference, most_different
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fastadapt.effects.run import LoadedRun
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import ratio
-from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.selection import SelectConfig, select
 from fastadapt.graphs.attribution import Leaves, edges, unit_target
 from fastadapt.graphs.linear.trace import Trace, record

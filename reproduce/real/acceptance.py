@@ -9,8 +9,8 @@ from typing import Any
 
 from fastadapt.effects.generate import MODELS, GenerateConfig, generate_all
 from fastadapt.effects.requests import prompt_ids
+from fastadapt.effects.run import load_run
 from fastadapt.evaluation.benchmarks.grading import hesitations
-from fastadapt.features.loading import load_run
 from fastadapt.training.logs.run_log import read_run
 from reproduce.real.texts import WORD, Problem
 

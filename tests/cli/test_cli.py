@@ -162,6 +162,15 @@ def test_the_options_of_formats_are_frozen(command: str, options: str) -> None:
     assert sorted(open_command(command).parser.option_names()) == options.split()
 
 
+PUSH_OPTIONS = "--base --help --license --private --target --tokenizer"
+
+
+def test_the_options_of_push_are_frozen() -> None:
+    from fastadapt.cli.main import open_command
+
+    assert sorted(open_command("push").parser.option_names()) == PUSH_OPTIONS.split()
+
+
 FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
@@ -179,6 +188,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         "graph serve",
         "import",
         "intervene",
+        "push",
         "study",
         "trace",
         "train",

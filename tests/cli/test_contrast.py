@@ -122,7 +122,7 @@ def test_responses_of_the_target_are_read(
     run: Path, fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
     from fastadapt.effects.requests import prompt_ids, response_ids
-    from fastadapt.features.loading import load_run
+    from fastadapt.effects.run import load_run
 
     models = load_run(run, device="cpu").models
     prompt = prompt_ids(models, "tom has 3 apples .")

@@ -45,6 +45,13 @@ def test_the_strongest_features_are_listed_and_shown(
     assert shown.out.count("(text ") == 4
 
 
+def test_a_card_in_python_is_that_of_the_terminal(run: Path, fastadapt: Callable[..., Any]) -> None:
+    from fastadapt import load
+
+    shown = fastadapt("features", "show", run, "2/3", "--examples", 3).out
+    assert shown == f"{load(run).feature(2, 3, examples=3)!r}\n"
+
+
 def test_features_are_ablated_by_name(
     run: Path, fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:

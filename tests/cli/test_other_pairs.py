@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.features.loading import load_run
+from fastadapt.effects.run import load_run
 
 QUICK = ("--parts", "[outputs]", "--texts.n", 2, "--sampling.max_new_tokens", 6)
 

@@ -62,7 +62,15 @@ def test_a_run_gives_the_features_of_a_text(
 ) -> None:
     (code,) = blocks("python", "README.md")
     exec(compile(code, "README.md", "exec"), {})
-    assert re.findall(r"^(\d) tensor", capsys.readouterr().out, re.MULTILINE) == list("0123")
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("│")[1].strip() for row in rows[2:6]] == ["␣tom", "␣has", "␣3", "␣apples"]
+    names: dict[str, Any] = {}
+    for code in blocks("python", "docs/python.md"):
+        exec(compile(code, "docs/python.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "Layer 2, feature 7\n" in out
+    assert "mean KL to the target" in out
+    assert out.count("\n[") == 1
 
 
 def test_the_op_runs() -> None:
@@ -117,7 +125,7 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 84
+    assert seen == 89
 
 
 def unresolved(code: str) -> list[str]:

@@ -14,10 +14,10 @@ from by_hand import ByHand, F, L, TinyRun, models_by_hand, random_adapters
 
 from fastadapt.effects.activity import activity_of
 from fastadapt.effects.arms import arms_of
+from fastadapt.effects.run import load_run
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.measure import log_odds_of, read
 from fastadapt.evaluation.faithfulness.texts import Text
-from fastadapt.features.loading import load_run
 
 SET = "0/3,1/0,1/7,2/11"
 PAIRS = [(0, 3), (1, 0), (1, 7), (2, 11)]

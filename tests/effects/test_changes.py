@@ -15,8 +15,8 @@ from fastadapt import UserError, load_run
 from fastadapt.effects.ablation import first_texts
 from fastadapt.effects.changes import ChangesConfig, changes
 from fastadapt.effects.generate import MODELS, GenerateConfig, generate
+from fastadapt.effects.run import LoadedRun
 from fastadapt.effects.trace import divergences, logits_of
-from fastadapt.features.loading import LoadedRun
 from fastadapt.features.store.schema import REGIONS
 from fastadapt.interventions import scale_features
 

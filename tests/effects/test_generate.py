@@ -12,7 +12,7 @@ from fastadapt import UserError, load_run
 from fastadapt.adapter.files import save_adapters
 from fastadapt.effects.generate import MODELS, GenerateConfig, generate
 from fastadapt.effects.requests import factors_of, prompt_ids
-from fastadapt.features.loading import LoadedRun
+from fastadapt.effects.run import LoadedRun
 
 PROMPT = [31, 8]
 SETTINGS = GenerateConfig(max_new_tokens=12)

@@ -1,4 +1,4 @@
-"""``load_run``: the model of a run, its features on a text, and its store."""
+"""``load``: the model of a run, its features on a text, and its store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastadapt
-from fastadapt import ModelPair, PairConfig, UserError, load_run
+from fastadapt import ModelPair, PairConfig, UserError, load
 
 #: A trained run of the embedded pair with 16 features per layer, and its store of features.
 FINISHED = Path(__file__).parents[1] / "cli" / "old_files" / "finished"
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_a_model_a_store_and_a_configuration(run: Path, tmp_path: Path) -> None:
-    loaded = load_run(run, device="cpu")
+    loaded = load(run, device="cpu")
     assert loaded.pair is loaded.model.pair
     assert loaded.config is not None
     assert loaded.config.adapter.n_features == 16
@@ -36,14 +36,14 @@ def test_a_run_is_a_model_a_store_and_a_configuration(run: Path, tmp_path: Path)
     assert loaded.store.read("features").num_rows == loaded.model.n_layers * 16
     bare = tmp_path / "bare"
     shutil.copytree(run / "adapter", bare)
-    loaded = load_run(bare, device="cpu")
+    loaded = load(bare, device="cpu")
     assert loaded.store is None
     assert loaded.config is None
 
 
 def test_features_are_the_encoders_active_entries(run: Path) -> None:
     """Compared with dense encodes of the MLP inputs in the model's own forward."""
-    model = load_run(run, device="cpu").model
+    model = load(run, device="cpu").model
     ids = torch.tensor(model.pair.tokenizer(TEXT)["input_ids"])
     read: list[Tensor] = []
     hooks = [
@@ -67,7 +67,7 @@ def test_features_are_the_encoders_active_entries(run: Path) -> None:
 
 
 def test_ids_of_another_shape_are_refused(run: Path) -> None:
-    model = load_run(run, device="cpu").model
+    model = load(run, device="cpu").model
     ids: Any
     for ids in (torch.zeros(1, 2, 3, dtype=torch.int64), [], torch.tensor(3)):
         with pytest.raises(UserError, match=r"text: expected one or more token ids \[T\] or \[B"):
@@ -76,7 +76,7 @@ def test_ids_of_another_shape_are_refused(run: Path) -> None:
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
-        load_run(tmp_path)
+        load(tmp_path)
 
 
 def test_names_of_the_embedded_pair_are_resolved() -> None:

@@ -27,6 +27,7 @@ def test_the_public_names_are_these() -> None:
         "TranscoderAdapter",
         "UserError",
         "__version__",
+        "load",
         "load_adapters",
         "load_run",
         "save_adapters",

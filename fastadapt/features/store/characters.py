@@ -68,6 +68,16 @@ def visible(text: str) -> str:
     return "".join(_SYMBOLS.get(c) or _code_point(c) for c in text)
 
 
+def visible_lines(text: str) -> str:
+    """Return a text whose lines are :func:`visible`, with its line breaks.
+
+    Example:
+        >>> visible_lines("a\\tb\\nc")
+        'a⇥b\\nc'
+    """
+    return "\n".join(map(visible, text.split("\n")))
+
+
 _SYMBOLS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})  # categories of Unicode
 

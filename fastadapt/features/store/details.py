@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,30 @@ def _descriptions(
         }
         for row in ordered
     ]
+
+
+def first_descriptions(
+    store: Store, units: Iterable[tuple[int, int]], kind: Kind = "adapter"
+) -> dict[tuple[int, int], str]:
+    """Return the description of each unit that has one; of several, that of the first sample.
+
+    Args:
+        store: the store of features.
+        units: pairs (layer, feature).
+        kind: kind of the units.
+
+    Raises:
+        UserError: the table of descriptions cannot be read.
+    """
+    wanted: dict[int, set[int]] = {}
+    for layer, feature in units if store.has("descriptions", kind) else ():
+        wanted.setdefault(layer, set()).add(feature)
+    by_unit: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for layer, features in wanted.items():
+        rows = store.read("descriptions", kind, layer=layer, features=features).to_pylist()
+        for row in rows:
+            by_unit.setdefault((layer, row["feature"]), []).append(row)
+    return {unit: _descriptions(rows, [])[0]["description"] for unit, rows in by_unit.items()}
 
 
 def _examples(store: Store, rows: Sequence[dict[str, Any]], n: int) -> list[Example]:

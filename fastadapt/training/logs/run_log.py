@@ -162,18 +162,31 @@ def read_run(run_dir: str | Path) -> RunLog:
             run.events.append(record)
     run.train = [steps["train"][s] for s in sorted(steps["train"])]
     run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
-    if has_file(folder / SUMMARY):
-        run.summary = read_json(folder / SUMMARY, Measures)
+    run.summary = read_summary(folder / SUMMARY)
     if has_file(folder / CONFIG):
         config = read_bytes(inside(folder, CONFIG, source=str(folder)))
         run.config = config.decode("utf-8", errors="replace")
     return run
 
 
-def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
+def read_summary(path: Path) -> Record:
+    """Return the contents of ``summary.json``; empty if the file does not exist.
+
+    Raises:
+        DocumentError: a value has the wrong type.
+    """
+    summary: Record = read_json(path, Measures) if has_file(path) else {}
+    return summary
+
+
+def comparison(result: Record, *, layers: bool = True) -> tuple[list[str], list[list[str]]]:
     """Return head and rows of the table that compares hybrid, trained part and target.
 
-    ``result`` is a summary or an evaluation record. The target's errors are 0 by definition.
+    The target's errors are 0 by definition.
+
+    Args:
+        result: a summary or an evaluation record.
+        layers: add a row with the NMSE of each layer.
     """
 
     def row(name: str, hybrid: str, adapter: str, show: Any = number) -> list[str]:
@@ -186,7 +199,7 @@ def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
     ]
     hybrid = result.get("nmse_per_layer_hybrid") or []
     adapter = result.get("nmse_per_layer") or []
-    for i in range(max(len(hybrid), len(adapter))):
+    for i in range(max(len(hybrid), len(adapter)) if layers else 0):
         name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
         rows.append([name, number(value_at(hybrid, i)), number(value_at(adapter, i)), "0"])
     kind = result.get("adapter_kind", "transcoder")  # absent in runs of older versions

@@ -14,10 +14,10 @@ from organism_runs import make_run
 from torch import Tensor
 
 from fastadapt.adapter.files import save_adapters
+from fastadapt.effects.run import LoadedRun, load_run
 from fastadapt.errors import UserError
 from fastadapt.features.collect import collect
 from fastadapt.features.collect.config import CollectConfig
-from fastadapt.features.loading import LoadedRun, load_run
 from fastadapt.graphs.attribution import Target, cotangents_of
 from fastadapt.graphs.linear.backward import BlockGradients, walk
 from fastadapt.graphs.linear.trace import record

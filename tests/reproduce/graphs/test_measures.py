@@ -11,7 +11,7 @@ import torch
 import yaml
 from organism_runs import make_run
 
-from fastadapt.features.loading import load_run
+from fastadapt.effects.run import load_run
 from fastadapt.graphs.attribution import KINDS, Leaves, edges, unit_target
 from fastadapt.graphs.linear.trace import record
 from reproduce.graphs.__main__ import main
