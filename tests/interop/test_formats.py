@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from sets import assert_equal, make_set, outputs, weights_of
 from stores import StoreText, make_store
 
 from fastadapt.adapter.coder_files import read_coders, save_coders
+from fastadapt.cli.export import Checkpoint, Coders, Format
 from fastadapt.cli.main import main
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interop.formats import FORMATS, RECORD
@@ -33,8 +34,9 @@ def run(*argv: object) -> int:
     return main([str(word) for word in argv])
 
 
-def test_every_format_has_a_case() -> None:
-    assert HELD.keys() == FORMATS.keys()
+def test_every_format_has_a_case_and_an_option() -> None:
+    assert HELD.keys() == FORMATS.keys() == set(get_args(Coders))
+    assert set(get_args(Format)) == {*get_args(Checkpoint), *FORMATS, "neuronpedia"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
