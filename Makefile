@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test docs coverage reproduce study real lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test docs coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -65,6 +65,27 @@ study: $(VENV)/.eval  ## switch features of one of these runs, and see what they
 
 real: $(VENV)/.real  ## train and evaluate an adapter of a real LoRA of SmolLM2-135M: tables, pages; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/real/run
+
+# Each project in a folder of its own beside the locked environment: no two of them agree on versions.
+INTEROP := sae-lens eai-sparsify dictionary-learning nnsight
+interop: $(INTEROP:%=$(VENV)/interop-%)  ## round trips, spliced logits and the examples with the classes of four projects
+	$(call with,sae-lens,tests/interop/real/check_sae_lens.py)
+	$(call with,eai-sparsify,tests/interop/real/check_eai_sparsify.py)
+	$(call with,dictionary-learning,tests/interop/real/check_dictionary_learning.py)
+	$(call with,nnsight,tests/interop/real/check_nnsight.py)
+	$(call with,sae-lens,examples/saelens.py)
+	$(call with,eai-sparsify,examples/eleuther_sparsify.py)
+	$(call with,dictionary-learning,examples/dictionary_trainers.py)
+
+with = PYTHONPATH=$(abspath $(VENV))/interop-$1 OMP_NUM_THREADS=1 WANDB_MODE=disabled HF_HUB_OFFLINE=1 \
+	SPARSIFY_DISABLE_TRITON=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python $2
+
+$(VENV)/interop-%: tests/interop/real/%.txt | $(VENV)/.eval
+	rm -rf $@.part
+	$(PIP) --no-deps --target $@.part -r $<
+	rm -rf $@
+	mv $@.part $@
+	touch $@
 
 lint: $(VENV)/.dev  ## ruff, mypy, banned identifiers
 	$(BIN)/ruff check .

@@ -33,7 +33,9 @@ settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["
 shared = {root / folder for folder in settings["ini_options"]["pythonpath"]}
 helpers = {}
 for path in sorted(
-    file for top in ("tests", "benchmarks", "reproduce") for file in (root / top).rglob("*.py")
+    file
+    for top in ("tests", "benchmarks", "reproduce", "examples")
+    for file in (root / top).rglob("*.py")
 ):
     link = types / path.relative_to(root)
     if path.parent in shared and not path.name.startswith(("test_", "conftest")):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastadapt.adapter.files import save_adapters
     from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+    from fastadapt.adapter.sae import SAE, Transcoder
     from fastadapt.errors import RunError, UserError
     from fastadapt.features.loading import LoadedRun, load_run
     from fastadapt.interventions import scale_features
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "SAE",
     "AdapterConfig",
     "LoadedRun",
     "ModelPair",
@@ -34,6 +36,7 @@ __all__ = [
     "PairMismatchError",
     "ReplacementModel",
     "RunError",
+    "Transcoder",
     "TranscoderAdapter",
     "UserError",
     "__version__",
@@ -46,6 +49,7 @@ __all__ = [
 _MODULES = {
     "fastadapt.adapter.files": ("save_adapters",),
     "fastadapt.adapter.module": ("AdapterConfig", "TranscoderAdapter"),
+    "fastadapt.adapter.sae": ("SAE", "Transcoder"),
     "fastadapt.errors": ("RunError", "UserError"),
     "fastadapt.features.loading": ("LoadedRun", "load_run"),
     "fastadapt.interventions": ("scale_features",),

@@ -113,6 +113,7 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
             "vocab_size_per_layer_input": changes.get("vocab_size", TINY["vocab_size"]),
             "final_logit_softcapping": 5.0,
         },
+        "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
         "mistral": {"sliding_window": 4},
         "phi3": {"sliding_window": 5},
         "qwen3": {

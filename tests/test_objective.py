@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadapt.adapter import module as adapter_module
+from fastadapt.adapter import coder
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
@@ -461,13 +461,13 @@ def test_every_call_has_the_plan_of_its_layer(
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
     seen: list[Any] = []
-    transcoder = adapter_module.transcoder
+    transcoder = coder.transcoder
 
     def watched(*args: Any, plan: Any, **kwargs: Any) -> Any:
         seen.append(plan)
         return transcoder(*args, plan=plan, **kwargs)
 
-    monkeypatch.setattr(adapter_module, "transcoder", watched)
+    monkeypatch.setattr(coder, "transcoder", watched)
     rates = [0.2, 0.9, FEATURES]
     weights = ObjectiveConfig(checkpoint=policy)
     out = objective(replacement, ragged_batch(), 1, weights, rates)

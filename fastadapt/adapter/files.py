@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
@@ -43,6 +44,11 @@ class HasCard(Protocol):
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe the weights."""
+
+
+def describe_adapter(adapter: HasCard) -> dict[str, Any]:
+    """Return the entries of ``fastadapt.json`` that describe an adapter or a baseline."""
+    return adapter.card()
 
 
 def save_adapters(
@@ -84,9 +90,20 @@ def save_adapters(
 
 
 def write_adapters(
-    adapters: Iterable[nn.Module], path: Path, metadata: Mapping[str, Any] | None = None
+    adapters: Iterable[nn.Module],
+    path: Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    describe: Callable[[Any], dict[str, Any]] = describe_adapter,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Write the files of :func:`save_adapters` into an existing, empty folder.
+
+    Args:
+        adapters, metadata: as in :func:`save_adapters`.
+        path: the folder.
+        describe: returns the entries of ``fastadapt.json`` that describe an adapter.
+        numbers: number of the layer of each adapter; 0, 1, ... if not given.
 
     Raises:
         UserError: no adapter, or adapters that differ in configuration or width.
@@ -94,21 +111,23 @@ def write_adapters(
     """
     first: dict[str, Any] | None = None
     shapes: list[dict[str, list[int]]] = []
-    for adapter in adapters:
-        assert isinstance(adapter, HasCard)
-        first = first or adapter.card()
-        if adapter.card() != first:
+    for adapter, layer in zip(adapters, count() if numbers is None else numbers, strict=False):
+        card = describe(adapter)
+        first = first or card
+        if card != first:
             raise UserError(
-                f"layer {len(shapes)} differs from layer 0 in configuration or width; save "
-                "adapters of one configuration"
+                f"layer {layer} differs from layer {numbers[0] if numbers else 0} in configuration "
+                "or width; save adapters of one configuration"
             )
         tensors = adapter.state_dict()
-        save_tensors(tensors, path / f"layer_{len(shapes)}.safetensors")
+        save_tensors(tensors, path / f"layer_{layer}.safetensors")
         shapes.append({name: list(tensor.shape) for name, tensor in tensors.items()})
     if first is None:
         raise UserError("expected one adapter per layer to save, got none")
     card = {"schema_version": SCHEMA_VERSION, **first, "n_layers": len(shapes)}
-    if card["kind"] != TRANSCODER:
+    if numbers is not None:
+        card["layers"] = list(numbers)
+    elif card["kind"] != TRANSCODER:
         card["tensors"] = shapes
     card["metadata"] = dict(metadata or {})
     (path / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -195,9 +214,11 @@ class Metadata(TypedDict, total=False):
 
     target: Name | None
     base: Name | None
+    model: Name | None
     revisions: Revisions | None
     # msgspec 0.22 corrupts memory for a string of two constraints, such as Name, beside a mapping.
     family: str | Mapped | None
+    architecture: Name | None
     objective: Weights | None
     measured: Measured | None
     interventions: list[Change] | None
@@ -263,14 +284,24 @@ def read_settings(settings: Any, source: str) -> AdapterConfig:
 
 
 def layer_readers(
-    path: Path, card: Mapping[str, Any], read_layer: Callable[[Path, int, Mapping[str, Any]], T]
+    path: Path,
+    card: Mapping[str, Any],
+    read_layer: Callable[[Path, int, Mapping[str, Any]], T],
+    numbers: Sequence[int] | None = None,
 ) -> list[Callable[[], T]]:
-    """Return one function per layer, layer 0 first, that reads the layer's file.
+    """Return one function per layer, the first layer first, that reads the layer's file.
+
+    Args:
+        path: the folder.
+        card: contents of its ``fastadapt.json``.
+        read_layer: reads one file; called with its path, the number of the layer, and ``card``.
+        numbers: numbers of the layers; 0, 1, ... if not given.
 
     Raises:
         UserError: the layers that ``card`` declares and the files ``layer_*`` do not match.
     """
-    expected = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
+    numbers = range(card["n_layers"]) if numbers is None else numbers
+    expected = {f"layer_{i}.safetensors" for i in numbers}
     present = {p.name for p in path.glob("layer_*.safetensors")}
     if expected != present:
         raise UserError(
@@ -278,8 +309,7 @@ def layer_readers(
             f"missing {sorted(expected - present)}, unexpected {sorted(present - expected)}. "
             "Copy the folder again"
         )
-    files = [path / f"layer_{i}.safetensors" for i in range(card["n_layers"])]
-    return [partial(read_layer, file, i, card) for i, file in enumerate(files)]
+    return [partial(read_layer, path / f"layer_{i}.safetensors", i, card) for i in numbers]
 
 
 def transcoder_readers(path: Path, card: dict[str, Any]) -> list[Callable[[], TranscoderAdapter]]:

@@ -1,4 +1,4 @@
-"""Transcoder adapter of one layer: its configuration, its parameters and its call of the kernel.
+"""Transcoder adapter of one layer, and its configuration.
 
 An adapter maps the input of an MLP to the change that fine-tuning made to that MLP's output:
 ``a = activation(W_enc x + b_enc)``, ``A(x) = W_decᵀ a + b_dec`` (arXiv 2602.20904). The result is
@@ -11,22 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastadapt.adapter.coder import Aux, SparseCoder
+from fastadapt.adapter.hooks import MLP_HOOKS
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import (
-    ACTIVATIONS,
-    IMPLEMENTATIONS,
-    CodeLayout,
-    TranscoderStats,
-    transcode,
-    transcoder,
-)
-from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
+from fastadapt.kernels.transcoder import ACTIVATIONS, IMPLEMENTATIONS, CodeLayout
 
 N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
@@ -140,21 +134,7 @@ class AdapterConfig:
             raise UserError(f"adapter.implementation: {name!r} {reason}; use 'auto'")
 
 
-class Aux(NamedTuple):
-    """Second result of an adapter's call; see :func:`fastadapt.kernels.transcoder.transcoder`.
-
-    Attributes:
-        penalty: 0-d, the decoder-norm-weighted L1 of the activations.
-        stats: counts over the tokens.
-        codes: the sparse activations, if requested.
-    """
-
-    penalty: Tensor
-    stats: TranscoderStats
-    codes: SparseCodes | None = None
-
-
-class TranscoderAdapter(nn.Module):
+class TranscoderAdapter(SparseCoder):
     """Wide sparse two-layer network beside one MLP.
 
     Inputs may have any leading shape. ``[..., T, d]`` holds rows (sequences and streams) of T
@@ -186,12 +166,6 @@ class TranscoderAdapter(nn.Module):
         ((5, 8), True, 5)
     """
 
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter | None
-    threshold: Tensor | None
-
     def __init__(
         self,
         d_in: int,
@@ -202,39 +176,8 @@ class TranscoderAdapter(nn.Module):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.d_in = d_in
-        self.d_out = d_in if d_out is None else d_out
-        f = config.features
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.W_enc = nn.Parameter(torch.empty(f, d_in, **kind))
-        self.b_enc = nn.Parameter(torch.zeros(f, **kind))
-        self.W_dec = nn.Parameter(torch.zeros(f, self.d_out, **kind))
-        b_dec = nn.Parameter(torch.zeros(self.d_out, **kind)) if config.bias else None
-        self.register_parameter("b_dec", b_dec)
-        if config.activation == "jumprelu":
-            assert config.initial_threshold is not None
-            self.threshold = nn.Parameter(torch.full((f,), config.initial_threshold, **kind))
-        else:
-            is_batch = config.activation == "batch_topk"
-            start = torch.zeros((), device=device, dtype=torch.float32) if is_batch else None
-            self.register_buffer("threshold", start)
-        if self.W_enc.device.type != "meta":
-            bound = 1 / math.sqrt(d_in)
-            draw = torch.empty(f, d_in, dtype=torch.float32)
-            draw.uniform_(-bound, bound, generator=generator)
-            with torch.no_grad():
-                self.W_enc.copy_(draw)
-
-    @property
-    def n_features(self) -> int:
-        """Number of features, F."""
-        return self.config.features
-
-    def decoder_bias(self) -> Tensor:
-        """Return ``b_dec`` for the kernels; zeros ``[d_out]`` if the adapter has no ``b_dec``."""
-        return self.W_dec.new_zeros(self.d_out) if self.b_dec is None else self.b_dec
+        super().__init__(d_in, config, d_out, device, dtype)
+        self._initialise(generator)
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe this adapter."""
@@ -244,29 +187,12 @@ class TranscoderAdapter(nn.Module):
             "additive": self.config.base_mlp,
             "hook_in": "mlp.input (after the norm, norm weight included)",
             "hook_out": f"mlp.output ({place}, before any post-norm)",
+            "hooks": {name: dict(hook) for name, hook in MLP_HOOKS._asdict().items()},
             "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
             "d_in": self.d_in,
             "d_out": self.d_out,
             "adapter": asdict(self.config) | {"n_features": self.n_features},
         }
-
-    def extra_repr(self) -> str:
-        return (
-            f"d_in={self.d_in}, n_features={self.n_features}, d_out={self.d_out}, "
-            f"activation={self.config.activation}"
-        )
-
-    def _kernel(self) -> dict[str, Any]:
-        """Return the kernel's activation arguments for the mode, training or ``eval()``."""
-        c = self.config
-        common: dict[str, Any] = {"activation": c.activation, "implementation": c.implementation}
-        if c.activation == "topk":
-            return {**common, "k": int(c.k or 0)}
-        if c.activation == "batch_topk":
-            return {**common, **({"k": c.k} if self.training else {"threshold": self.threshold})}
-        if c.activation == "jumprelu":
-            return {**common, "threshold": self.threshold, "bandwidth": c.bandwidth}
-        return common
 
     def forward(
         self,
@@ -293,20 +219,7 @@ class TranscoderAdapter(nn.Module):
         Returns:
             ``out [..., d_out]`` in x's dtype, and :class:`Aux`.
         """
-        out, penalty, stats, codes = transcoder(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.decoder_bias(),
-            residual=residual,
-            mask=mask,
-            padding=padding,
-            plan=plan,
-            return_codes=return_codes,
-            **self._kernel(),
-        )
-        return out, Aux(penalty, stats, codes)
+        return self._run(x, residual, mask, padding, plan, return_codes)
 
     def transcode(
         self, x: Tensor, residual: Tensor | None = None, dense: bool | None = None
@@ -322,55 +235,4 @@ class TranscoderAdapter(nn.Module):
         Returns:
             ``[..., d_out]`` in x's dtype.
         """
-        return transcode(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.decoder_bias(),
-            residual=residual,
-            dense=dense,
-            **self._kernel(),
-        )
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the dense activations ``a [..., F]`` of ``x [..., d_in]``, for inspection.
-
-        The activations are those of the module's mode, training or ``eval()``. All ``[..., F]`` of
-        them are allocated.
-        """
-        z = nn.functional.linear(x, self.W_enc, self.b_enc)
-        kernel = self._kernel()
-        a = activate(
-            z.reshape(*row_shape(z.shape[:-1]), self.n_features),
-            kernel["activation"],
-            kernel.get("k"),
-            kernel.get("threshold"),
-            kernel.get("bandwidth"),
-            None,
-        )
-        return a.view(z.shape)
-
-    def decode(self, a: Tensor) -> Tensor:
-        """Return ``W_decᵀ a + b_dec [..., d_out]`` for dense activations ``a [..., F]``."""
-        return a @ self.W_dec + self.decoder_bias()
-
-    @torch.no_grad()
-    def update_threshold(self, min_active: Tensor, decay: float = 0.999) -> None:
-        """Move ``batch_topk``'s running threshold towards the smallest active value of a step.
-
-        Args:
-            min_active: 0-d; NaN if no feature fired, which leaves the threshold unchanged. The
-                first number becomes the threshold itself.
-            decay: weight of the old threshold.
-
-        Raises:
-            UserError: the activation is not ``batch_topk``.
-        """
-        if self.config.activation != "batch_topk" or self.threshold is None:
-            raise UserError(
-                f"{self.config.activation} has no running threshold to update; use batch_topk"
-            )
-        new = min_active.to(self.threshold)
-        mean = torch.where(self.threshold == 0, new, torch.lerp(new, self.threshold, decay))
-        self.threshold.copy_(torch.where(new.isnan(), self.threshold, mean))
+        return self._run_alone(x, residual, None, dense)

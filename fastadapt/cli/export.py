@@ -1,11 +1,11 @@
-"""`fastadapt export`: convert a run, adapters or a published checkpoint to another format."""
+"""`fastadapt export` and `fastadapt import`: to and from the formats of other projects."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
@@ -15,7 +15,22 @@ from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.organism import resolve
 
-Format = Literal["huggingface", "hu2026", "adapters"]
+if TYPE_CHECKING:
+    from fastadapt.interop.thresholds import Fit
+
+#: Formats of one checkpoint, which the pair is part of, and of coders alone.
+Checkpoint = Literal["huggingface", "hu2026", "adapters"]
+Coders = Literal["saelens", "sparsify", "circuit-tracer", "dictionary-learning"]
+Format = Literal[
+    "huggingface",
+    "hu2026",
+    "adapters",
+    "saelens",
+    "sparsify",
+    "circuit-tracer",
+    "dictionary-learning",
+    "neuronpedia",
+]
 
 
 def export(
@@ -25,29 +40,144 @@ def export(
     format: Format = "huggingface",
     target: str | None = None,
     base: str | None = None,
+    model_id: str | None = None,
+    source_set: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write a run (or a folder of adapters) as one checkpoint, tensor by tensor; or read the
-    adapters of a checkpoint published with arXiv 2602.20904 (--format adapters).
+    """Write a run (or a folder of adapters) as one checkpoint, tensor by tensor, or in a format of
+    another project; or read the adapters of a checkpoint published with arXiv 2602.20904 (--format
+    adapters).
 
     Args:
-        run: a run, adapters, or a checkpoint: a folder, or a hub id with --format adapters
+        run: a run, adapters, transcoders, SAEs, or a checkpoint: a folder, or a hub id with
+            --format adapters
         output: a new folder
         format: huggingface: for AutoModelForCausalLM, after `import fastadapt.serving`;
-            hu2026: as published with arXiv 2602.20904; adapters: this library's own
+            hu2026: as published with arXiv 2602.20904; adapters: this library's own;
+            saelens, sparsify, circuit-tracer, dictionary-learning: transcoders and SAEs for these
+            projects; neuronpedia: the features of a run, to upload
         target: the target model, if it is not the one that the adapters name
         base: the base model, if it is not the one that the adapters name
+        model_id: neuronpedia: the model there
+        source_set: neuronpedia: the set of sources there, which you have created
         overwrite: replace an export in the folder, once the new one is complete
     """
-    loading = convert(run, output, format, target=target, base=base, overwrite=overwrite)
+    _check_options(format, target=target, base=base, model_id=model_id, source_set=source_set)
+    if format == "neuronpedia":
+        return _to_neuronpedia(run, output, model_id, source_set, overwrite=overwrite)
+    if format == "huggingface" or format == "hu2026" or format == "adapters":
+        loading = convert(run, output, format, target=target, base=base, overwrite=overwrite)
+        print(f"Load it with:  {loading}")
+        return 0
+    from fastadapt.interop.formats import export_coders
+
+    loading, fits = export_coders(run, output, format, model=target, overwrite=overwrite)
+    if fits:
+        _print_fits(fits)
     print(f"Load it with:  {loading}")
     return 0
+
+
+def import_(
+    path: str,
+    *,
+    output: str,
+    format: Literal["auto", Coders] = "auto",
+    model: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Read SAEs or transcoders of another project, and write them as this library's.
+
+    Args:
+        path: a folder of the format, or a folder with one per layer
+        output: a new folder
+        format: auto: as the names of the files show
+        model: the model that they belong to, if the files name none or another one
+        overwrite: replace an earlier import in the folder, once the new one is complete
+    """
+    from fastadapt.interop.formats import import_coders
+
+    coders = import_coders(path, output, format, model=model, overwrite=overwrite)
+    first, *others = coders.layers
+    layers = f"{len(coders.layers)} layers" if others else f"layer {first}"
+    print(f"Read {layers} of {coders.model or 'a model without a name'}: {coders.empty}")
+    print(
+        f"Load it with:  import fastadapt; coders, metadata = fastadapt.load_adapters({output!r})"
+    )
+    return 0
+
+
+def _check_options(format: Format, **options: str | None) -> None:
+    """Raise ``UserError`` for an option that the format does not use."""
+    checkpoints = get_args(Checkpoint)
+    used = {
+        "target": (*checkpoints, *get_args(Coders)),
+        "base": checkpoints,
+        "model_id": ("neuronpedia",),
+        "source_set": ("neuronpedia",),
+    }
+    for name, value in options.items():
+        if value is not None and format not in used[name]:
+            raise UserError(
+                f"--{name}: not used with --format {format}, only with {', '.join(used[name])}"
+            )
+
+
+def _to_neuronpedia(
+    run: str, output: str, model_id: str | None, source_set: str | None, *, overwrite: bool
+) -> int:
+    from fastadapt.features.store.store import Store
+    from fastadapt.interop import neuronpedia
+    from fastadapt.interop.formats import RECORD, require_output
+    from fastadapt.io.atomic import writing_folder
+
+    if model_id is None or source_set is None:
+        missing = "--model_id" if model_id is None else "--source_set"
+        raise UserError(
+            f"{missing} is missing: neuronpedia needs the names of the model and of a set of "
+            "sources there, which you have created"
+        )
+    out, store = typed_path(output, "--output"), Store.open(run)
+    require_output(out, (RECORD, "layer_*"), overwrite=overwrite)
+    with writing_folder(out, last=RECORD) as staged:
+        written = neuronpedia.write(store, staged, model_id=model_id, source_set=source_set)
+        neuronpedia.write_record(staged / RECORD, model_id=model_id, source_set=source_set)
+    print(
+        f"{written.features:,} features in {written.batches:,} batches; {written.silent:,} without "
+        f"an example left out; {written.shortened:,} descriptions shortened"
+    )
+    first = min(out.glob("layer_*/*.json"))
+    print(
+        f"Upload each with:  curl -X POST {neuronpedia.ADDRESS} -H 'x-api-key: KEY' "
+        f"-H 'Content-Type: application/json' --data @{first}"
+    )
+    return 0
+
+
+def _print_fits(fits: Mapping[int, Fit]) -> None:
+    from fastadapt.cli.console import print_table
+
+    rows = [
+        [
+            str(layer),
+            f"{fit.threshold:.4g}",
+            f"{fit.topk:.2f}",
+            f"{fit.jumprelu:.2f}",
+            f"{fit.relu:.2f}",
+            f"{fit.error:.3f}",
+            f"{fit.relu_error:.3f}",
+        ]
+        for layer, fit in fits.items()
+    ]
+    print("TopK is replaced by JumpReLU, fitted and measured on texts of the run's features.")
+    head = ["layer", "threshold", "L0, TopK", "L0, JumpReLU", "L0, ReLU"]
+    print_table([*head, "error, JumpReLU", "error, ReLU"], rows)
 
 
 def convert(
     source: str,
     output: str,
-    format: Format = "huggingface",
+    format: Checkpoint = "huggingface",
     *,
     target: str | None = None,
     base: str | None = None,

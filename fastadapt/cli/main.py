@@ -51,6 +51,7 @@ COMMANDS = {
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
+    "import": ("export:import_", "read SAEs or transcoders of another project"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.

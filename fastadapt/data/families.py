@@ -193,6 +193,14 @@ FAMILIES: Mapping[str, Family] = _named(
         system=("<|system|>\n", "<|end|>\n"),
         markers=("<|user|>", "<|assistant|>", "<|end|>"),
     ),
+    # GLM-4-0414. The marker of the next turn ends a response.
+    glm4=Family(
+        user=("<|user|>\n", ""),
+        assistant=("<|assistant|>\n", ""),
+        system=("<|system|>\n", ""),
+        bos="[gMASK]<sop>",
+        markers=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
+    ),
     # Gemma 1 to 3: ai.google.dev/gemma/docs/formatting. Their tokenizers add the BOS.
     gemma=Family(
         user=("<start_of_turn>user\n", "<end_of_turn>\n"),

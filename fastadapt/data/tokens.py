@@ -167,7 +167,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, offsets: bool, **options: Any
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the texts, longer ones first; nothing if no texts."""
+    """Return a pattern that matches any of the texts, longer ones first; without texts, never."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 

@@ -60,7 +60,7 @@ def unit_lines(unit: UnitDetails) -> list[str]:
 
 
 def trace_tables(run: LoadedRun, traced: Trace, top: int) -> tuple[Rows, Rows, Rows]:
-    """Return a trace as tables: a row per token, mean KLs by part of the text, strongest features.
+    """Return what `fastadapt trace` prints: tables of tokens, of mean KLs and of features.
 
     Args:
         run: the run.

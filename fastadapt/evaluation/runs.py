@@ -170,7 +170,9 @@ def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | Non
         check_name(name, "a run's name (--names)")
         if names.count(name) > 1:
             which = ", ".join(str(run) for run, n in zip(runs, names, strict=True) if n == name)
-            raise UserError(f"several runs have the name {name!r} ({which}); pass --names")
+            raise UserError(
+                f"several runs have the name {name!r} ({which}); pass --names, a name for each run"
+            )
     return list(names)
 
 
@@ -197,7 +199,9 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         try:
             run_pair = read_yaml(config, RunFile)["pair"]
         except DocumentError as error:
-            raise UserError(f"{config} is not a run's configuration: {error}") from error
+            raise UserError(
+                f"{config}: expected the configuration that `fastadapt train` wrote: {error}"
+            ) from error
         expected = {role: run_pair[role] for role in named}
         if named != expected:
             raise UserError(

@@ -69,7 +69,7 @@ def run(model: ReplacementModel, ids: Tensor, target: Target, mode: Mode) -> Ten
 
 
 def run_changed(trace: Trace, leaves: Leaves, target: Target, surgery: Surgery) -> Tensor:
-    """Return a target's value after each change, ``[copies]``, in the model of the trace."""
+    """Run the graph's model with each set of leaves ablated; return the values ``[sets]``."""
     with _operating(trace, surgery, leaves):
         ids = trace.ids.expand(len(surgery.sets), -1)
         return run(trace.model, ids, target, trace.mode)

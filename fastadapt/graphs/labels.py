@@ -55,7 +55,7 @@ def _says(row: Mapping[str, Any]) -> str:
 
 
 def store_of(run: Path, document: GraphFile) -> Store | None:
-    """Return the store in a run's folder if it has the features of a graph; None without a store.
+    """Return the feature store of a run; None if it has none, or one of other adapters.
 
     Raises:
         UserError: the store is damaged, or was collected from other adapters than the run has.

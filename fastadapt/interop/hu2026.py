@@ -162,7 +162,7 @@ def save(
     if not isinstance(first, TranscoderAdapter):
         kind = getattr(first, "kind", type(first).__name__)
         raise UserError(
-            "the published format needs transcoder adapters; this model's adapters are of kind "
+            "the format hu2026 needs transcoder adapters; this model's adapters are of kind "
             f"{kind!r}"
         )
     config = model.model.config.to_diff_dict()

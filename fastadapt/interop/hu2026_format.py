@@ -112,12 +112,12 @@ def check_writable(config: Mapping[str, Any], first: TranscoderAdapter) -> None:
     """Raise ``UserError`` if the published format cannot hold a model or its adapters."""
     if config.get("model_type") != "qwen2" or first.config.activation != "relu":
         raise UserError(
-            "the published format needs a Qwen2 model with ReLU adapters; this is "
+            "the format hu2026 needs a Qwen2 model with ReLU adapters; this is "
             f"{config.get('model_type')} with {first.config.activation}"
         )
     if not first.config.base_mlp:
         raise UserError(
-            "the published format needs adapters beside the base's MLPs; these transcoders replace "
+            "the format hu2026 needs adapters beside the base's MLPs; these transcoders replace "
             "them (adapter.base_mlp is false)"
         )
 

@@ -274,7 +274,10 @@ def _factors(
     if isinstance(features, FeatureSet):
         check_fit(features.not_empty(), n_layers, n_features)
         if factor is None:
-            raise UserError(f"{features.label}: expected a factor, got none; pass factor")
+            raise UserError(
+                f"{features.label}: a saved set has no factors; pass factor (0 removes its "
+                "features, 1 changes nothing)"
+            )
         features = dict.fromkeys(features, factor)
     elif factor is not None:
         raise UserError(f"factor: expected none with factors per feature, got {factor}")

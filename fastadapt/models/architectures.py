@@ -31,6 +31,9 @@ class Paths:
         projections: linear layers of an MLP that read its input.
         attention: the implementation where flash-attn is not used: ``eager`` for Gemma 2, since
             torch's fused attention cannot soft-cap scores.
+        rotates_halves: whether the rotary embedding pairs column i with i + R/2, as
+            :func:`fastadapt.kernels.frozen.rope` does; GLM-4 pairs neighbours, and is not fused.
+        post_norm: whether a norm follows the MLP, before the residual is added.
         norm_offset, norm_rounds_first: arguments of :func:`fastadapt.kernels.frozen.rms_norm`.
         per_layer_inputs: children of a block that add embeddings of the tokens, if present.
         unread: mutable arguments in which a block leaves values that no other block reads, in the
@@ -49,6 +52,8 @@ class Paths:
     attention_modules: tuple[str, ...] = ("self_attn",)
     projections: tuple[str, ...] = ("gate_proj", "up_proj")
     attention: str = "sdpa"
+    rotates_halves: bool = True
+    post_norm: bool = False
     norm_offset: float = 0.0
     norm_rounds_first: bool = True
     per_layer_inputs: tuple[str, ...] = ()
@@ -66,9 +71,10 @@ class Paths:
 ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
-    "gemma2": Paths(attention="eager", norm_offset=1.0, norm_rounds_first=False),
-    "gemma3_text": Paths(norm_offset=1.0, norm_rounds_first=False),
+    "gemma2": Paths(attention="eager", post_norm=True, norm_offset=1.0, norm_rounds_first=False),
+    "gemma3_text": Paths(post_norm=True, norm_offset=1.0, norm_rounds_first=False),
     "gemma4_text": Paths(
+        post_norm=True,
         norm_rounds_first=False,
         per_layer_inputs=("per_layer_input_gate", "per_layer_projection"),
         unread=("shared_kv_states",),
@@ -81,8 +87,9 @@ ARCHITECTURES: Mapping[str, Paths] = {
         },
     ),
     "mistral": Paths(),
-    "olmo2": Paths(norm_rounds_first=False),
+    "olmo2": Paths(post_norm=True, norm_rounds_first=False),
     "phi3": Paths(projections=("gate_up_proj",)),
+    "glm4": Paths(projections=("gate_up_proj",), rotates_halves=False, post_norm=True),
     "qwen3": Paths(),
     "qwen3_5_text": Paths(
         attention_modules=("self_attn", "linear_attn"),

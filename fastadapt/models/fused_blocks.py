@@ -92,7 +92,7 @@ class FusedBlocks:
             elif kind.endswith("MLP") and name in _ACTIVATIONS and hasattr(module, "down_proj"):
                 module.forward = MethodType(self._mlp(_ACTIVATIONS[name]), module)
                 self.fused.add("mlps")
-            elif kind.endswith("Attention"):
+            elif kind.endswith("Attention") and paths.rotates_halves:
                 forward = self._attention_forward(type(module))
                 if forward is not None:
                     module.forward = MethodType(forward, module)

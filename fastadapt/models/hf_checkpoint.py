@@ -260,12 +260,24 @@ def write_checkpoint(
         (staged / CONFIG).write_text(config, encoding="utf-8")
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
+def check_output(
+    folder: Path,
+    *,
+    overwrite: bool,
+    patterns: Sequence[str] | None = None,
+    is_export: Callable[[Path], bool] | None = None,
+) -> None:
     """Raise if an export may not be written to ``folder``.
 
     A new folder, an empty one, and one left incomplete by a killed export are accepted. With
     ``overwrite``, a folder that holds nothing but an export is accepted too. An export is a
     checkpoint whose ``config.json`` names adapters, or adapters read from a published checkpoint.
+
+    Args:
+        folder: the folder, which need not exist.
+        overwrite: accept an export.
+        patterns: names in an export of another kind.
+        is_export: returns whether a folder holds an export of that kind.
 
     Raises:
         UserError: the folder holds an export (without ``overwrite``), or other files.
@@ -275,11 +287,11 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names and not (folder.exists() and not folder.is_dir()):
         return
-    patterns = (*_EXPORTED, *COMPANIONS, *PATTERNS)
+    patterns = (*_EXPORTED, *COMPANIONS, *PATTERNS) if patterns is None else patterns
     foreign = {name for name in names if not any(fnmatch(name, p) for p in patterns)}
     if half_filled(folder) and all(unstaged(name) == folder.resolve().name for name in foreign):
         return
-    if foreign or not names or not _is_export(folder):
+    if foreign or not names or not (is_export or _is_export)(folder):
         raise UserError(f"{folder} is neither an empty folder nor an export; give a new folder")
     if not overwrite:
         raise UserError(f"{folder} holds an export; give a new folder, or replace it (--overwrite)")
@@ -336,8 +348,7 @@ def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> 
     files = indexed_files(index, INDEX)
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(
-            f"{INDEX}: {len(odd)} tensors are in the model or in the index, but not in both: "
-            f"{odd[:3]}"
+            f"{INDEX}: {len(odd)} tensors are only in the files or only in this index: {odd[:3]}"
         )
     for file in sorted(set(files.values())):
         path = inside(folder, file, source=f"{INDEX}: weight_map")

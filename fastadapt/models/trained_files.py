@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastadapt.adapter.coder_files import CODERS, coder_readers
 from fastadapt.adapter.files import (
     CARD,
     TRANSCODER,
@@ -53,6 +54,11 @@ def read_adapters(
     path = Path(folder)
     card, card_file = read_card(path), str(path / CARD)
     kind = card["kind"]
+    if kind in CODERS:
+        raise UserError(
+            f"{card_file}: expected adapters or weights of a baseline, got {kind}s, which "
+            "fastadapt.load_adapters and fastadapt export read"
+        )
     if kind not in KINDS:
         raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")
     if kind == TRANSCODER:
@@ -74,12 +80,15 @@ def load_adapters(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.ModuleList, dict[str, Any]]:
-    """Load the adapters of a folder, layer 0 first, and their metadata.
+    """Load the adapters of a folder, the first layer first, and their metadata.
+
+    A folder of plain transcoders or SAEs (``fastadapt import``) gives :class:`fastadapt.Transcoder`
+    or :class:`fastadapt.SAE`, one per layer in the list ``layers`` of ``fastadapt.json``.
 
     Every tensor is checked for NaN and infinity, which costs one pass over the weights.
 
     Args:
-        folder: as :func:`fastadapt.save_adapters` writes it.
+        folder: as :func:`fastadapt.save_adapters` or ``fastadapt import`` writes it.
         device: device of the weights; the CPU by default.
         dtype: dtype of the parameters; that of the files by default. The running threshold of
             ``batch_topk`` keeps its dtype.
@@ -88,7 +97,12 @@ def load_adapters(
         UserError: a file or tensor is missing, unexpected, of a wrong shape or an integer type, or
             holds a number that is not finite. The message names it.
     """
-    layers, card = read_adapters(folder)
+    card = read_card(Path(folder))
+    layers: Sequence[Callable[[], nn.Module]]
+    if card["kind"] in CODERS:
+        layers = coder_readers(Path(folder), card)[1]
+    else:
+        layers, card = read_adapters(folder)
     adapters = nn.ModuleList()
     for read in layers:
         adapter = read()

@@ -69,6 +69,7 @@ def write(
         "objective": dataclasses.asdict(config.objective),
         **({"tokenizer": config.pair.tokenizer} if config.pair.tokenizer else {}),
         "family": config.data.family,
+        "architecture": pair.target.config.model_type,
         "seed": config.run.seed,
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],

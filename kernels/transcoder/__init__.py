@@ -27,6 +27,7 @@ from .reference import (
     TranscoderOutput,
     TranscoderStats,
     accumulator,
+    is_ranked,
     reference,
     row_shape,
 )
@@ -328,8 +329,7 @@ def _validate_activation(
     """Check that exactly the activation's arguments are given, and their values."""
     F = W_enc.shape[0]
     _expect(activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(activation))
-    ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
-    if ranked:
+    if is_ranked(activation, threshold):
         _expect(k is not None, "k", f"given for activation {activation!r}", None)
         assert k is not None
         _expect(0 <= k <= F, "k", f"in 0..{F}, the number of features", k)

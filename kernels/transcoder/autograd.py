@@ -21,7 +21,7 @@ from torch.library import define, impl, register_autograd, register_fake
 from . import sparse
 from .codes import GPU_PIECE, SMALL, CodeLayout, Codes, active_codes
 from .products import norms
-from .reference import TranscoderOutput, TranscoderStats, accumulator
+from .reference import TranscoderOutput, TranscoderStats, accumulator, is_ranked
 
 ops = torch.ops.fastadapt
 N_CODES = len(Codes._fields)
@@ -450,13 +450,13 @@ def _encode_workspace(device_type: str, x: Tensor, W_enc: Tensor, *args: Any) ->
     """Return the bytes of z where codes replace it, of flags and ranking; on a CPU, of sorting."""
     activation, threshold, (dense, capacity) = args[4], args[1], args[-4:-2]
     n_entries, n_codes = x.shape[0] * x.shape[1] * W_enc.shape[0], capacity or 0
-    is_ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
+    ranked = is_ranked(activation, threshold)
     z = 0 if dense else x.element_size()
     if device_type == "cuda":  # ranking counts 256 digits of a token, in up to four copies
         n_tokens = x.shape[0] * x.shape[1]
-        return n_entries * z + n_entries // 2 + n_tokens * 8192 * is_ranked
+        return n_entries * z + n_entries // 2 + n_tokens * 8192 * ranked
     window = 2 * accumulator(x.dtype).itemsize if activation == "jumprelu" else 0
-    return n_entries * (z + 2 + 16 * is_ranked + window) + 64 * n_codes
+    return n_entries * (z + 2 + 16 * ranked + window) + 64 * n_codes
 
 
 def _decode_workspace(device_type: str, *args: Any) -> int:

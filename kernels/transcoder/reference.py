@@ -121,6 +121,11 @@ def keep_largest(a: Tensor, count: Tensor | int) -> Tensor:
     return torch.where(rank < count, a, 0)
 
 
+def is_ranked(activation: str, threshold: Tensor | None) -> bool:
+    """Return whether an activation keeps the largest entries, rather than those above a cut."""
+    return activation == "topk" or (activation == "batch_topk" and threshold is None)
+
+
 def activate(
     z_STF: Tensor,
     activation: str,

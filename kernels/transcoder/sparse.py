@@ -176,7 +176,7 @@ def transcode(
     dense: bool | None,
 ) -> Tensor:
     """Return ``out`` alone, from the codes without JumpReLU's window."""
-    if threshold_F is not None and activation == "batch_topk":
+    if threshold_F is not None and activation != "jumprelu":
         threshold_F = threshold_F.to(accumulator(x_STD.dtype))
     z_NF = _product(x_STD, W_enc_FD, b_enc_F, padding_N)
     a_NF = activate_(z_NF, x_STD.shape[0], threshold_F, padding_N, activation, k)

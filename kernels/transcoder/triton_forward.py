@@ -17,7 +17,7 @@ from torch import Tensor
 from . import triton_codes, triton_decode, triton_dense, triton_select, triton_sums
 from .codes import SMALL_ENTRIES, CodeLayout, Codes, dense_codes, dense_share
 from .products import decode_dense, norms
-from .reference import WHOLE, TranscoderStats, codes_of
+from .reference import WHOLE, TranscoderStats, codes_of, is_ranked
 from .triton_encode import (
     FEW,
     Activation,
@@ -150,7 +150,7 @@ def _mark(
     """Compute and rank the activations; `dense` zeros inactive ones where that is free."""
     S, T, _ = x_STD.shape
     x_ND = x_STD.flatten(0, 1)
-    ranked = kind.threshold_F is None and activation != "relu"
+    ranked = is_ranked(activation, kind.threshold_F)
     dense = dense and not ranked
     window = W_enc_FD.new_empty(0, dtype=torch.bool)
     if S * T <= FEW and not dense:

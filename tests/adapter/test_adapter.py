@@ -70,6 +70,17 @@ def test_encode_then_decode_is_forward(name: str, training: bool) -> None:
         torch.testing.assert_close(aux.penalty, expected)
 
 
+def test_encode_compares_with_a_running_threshold_in_its_own_dtype() -> None:
+    """In bfloat16, 0.1 is 0.1001: above a threshold of 0.1, and equal to the rounded one."""
+    adapter = TranscoderAdapter(12, CONFIGS["batch_topk"], dtype=torch.bfloat16).eval()
+    adapter.update_threshold(torch.tensor(0.1))
+    with torch.no_grad():
+        adapter.W_enc.zero_()
+        adapter.b_enc.fill_(0.1)
+    x = torch.zeros(3, 12, dtype=torch.bfloat16)
+    assert adapter(x)[1].stats.n_active == (adapter.encode(x) > 0).sum() == 3 * 40
+
+
 def test_an_adapter_without_b_dec_is_one_whose_b_dec_is_frozen_at_0(tmp_path: Path) -> None:
     """Nothing is trained, counted or stored of it; outputs and gradients are equal to the bit."""
     bare, frozen = random_adapter(CONFIGS["without b_dec"]), random_adapter(CONFIGS["relu"])

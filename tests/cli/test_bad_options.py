@@ -148,7 +148,7 @@ CASES = [
     option("--optimizer.batch_size", "0", r"optimizer\.batch_size: expected 1 or more, got 0"),
     option("--run.keep_checkpoints", "0", r"run\.keep_checkpoints: expected 1 or more, got 0"),
     option("--adapter.n_features", "0", r"adapter\.n_features .*at least 1, got 0"),
-    option("--adapter.activation", "gelu", r"adapter\.activation .*relu.*jumprelu, got 'gelu'"),
+    option("--adapter.activation", "gelu", r"adapter\.activation .*relu.*jumprelu.*got 'gelu'"),
     option("--adapter.activation", "topk", r"adapter\.k is needed with activation='topk'"),
     option("--adapter.k", "3", r"adapter\.k is not used with activation='relu'"),
     option(

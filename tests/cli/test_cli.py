@@ -149,6 +149,19 @@ def test_the_options_of_contrast_are_frozen() -> None:
     assert sorted(open_command("contrast").parser.option_names()) == CONTRAST_OPTIONS.split()
 
 
+EXPORT_OPTIONS = "--base --format --help --model_id --output --overwrite --source_set --target"
+IMPORT_OPTIONS = "--format --help --model --output --overwrite"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("export", EXPORT_OPTIONS), ("import", IMPORT_OPTIONS)]
+)
+def test_the_options_of_formats_are_frozen(command: str, options: str) -> None:
+    from fastadapt.cli.main import open_command
+
+    assert sorted(open_command(command).parser.option_names()) == options.split()
+
+
 FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
@@ -164,6 +177,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         "graph",
         "graph export",
         "graph serve",
+        "import",
         "intervene",
         "study",
         "trace",

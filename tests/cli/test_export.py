@@ -93,7 +93,7 @@ MISTAKES = {
     "no output": (lambda desk: ["export", desk.folder], "--output is missing|output"),
     "a format that is none": (
         lambda desk: ["export", desk.folder, "--output", "x", "--format", "onnx"],
-        "--format: expected one of 'huggingface', 'hu2026', 'adapters', got 'onnx'",
+        "--format: expected one of 'huggingface', .*'neuronpedia', got 'onnx'",
     ),
     "adapters of a plain model": (
         lambda desk: [

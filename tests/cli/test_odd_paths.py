@@ -64,6 +64,8 @@ OUTPUT = {
     "train": lambda run, out: ("train", "organism", "--run.output", out),
     "eval": lambda run, out: ("eval", run, "--output", out),
     "export": lambda run, out: ("export", run, "--output", out),
+    "saelens": lambda run, out: ("export", run, "--format", "saelens", "--output", out),
+    "import": lambda run, out: ("import", run, "--output", out),
     "intervene": lambda run, out: ("intervene", run, "--ablate", "some", "--output", out),
     "collect": lambda run, out: ("features", "collect", run, "--output", out),
     "merge": lambda run, out: ("features", "merge", run, "--output", out),
@@ -95,6 +97,8 @@ SOURCE = {
     "export": lambda run, odd: ("export", odd, "--output", "o"),
     "export target": lambda run, odd: ("export", run, "--output", "o", "--target", odd),
     "adapters": lambda run, odd: ("export", odd, "--format", "adapters", "--output", "o"),
+    "saelens": lambda run, odd: ("export", odd, "--format", "saelens", "--output", "o"),
+    "import": lambda run, odd: ("import", odd, "--output", "o"),
     "intervene": lambda run, odd: ("intervene", odd, "--ablate", "some", "--output", "o"),
     "set": lambda run, odd: ("intervene", run, "--ablate", f"{odd}.json", "--output", "o"),
     "store": lambda run, odd: (

@@ -20,6 +20,8 @@ from fastadapt.models.trained_files import load_adapters
 
 #: Keys of a card that may have any value, or that no reader uses.
 FREE = {"hook_in", "hook_out", "orientation", "W_enc", "W_dec", "note", "a"}
+#: Names of the hooks of adapters, which have one place only.
+FREE |= {"hooks", "input", "output", "huggingface", "transformer_lens", "nnterp", "interp_engine"}
 
 
 @pytest.fixture
@@ -82,6 +84,8 @@ HISTORY = {"kind": "scale", "set": {"name": None, "size": 3}, "adapter": "ab", "
 METADATA: dict[str, list[Any]] = {
     "target": [5, ["t"], "x" * 5000, "a\0b", "a\nb", "\ud800"],
     "base": [True, {}, "x" * 5000, "a\0b"],
+    "architecture": [5, ["qwen2"], "a\nb"],
+    "model": [5, {}, "x" * 5000],
     "revisions": ["main", [1], {"target": 5}, {"base": "\ud800"}, {"base": "x" * 5000}],
     "family": [5, ["r1-distill"]],
     "objective": [5, [], {"sparsity": "x"}, {"sparsity": {}}, {"bridge": 10**400}]

@@ -65,7 +65,7 @@ def test_a_family_names_every_special_string_it_writes() -> None:
     """Every marker-like string of a template is listed, since `check_markers` checks the list."""
     for family in FAMILIES.values():
         text = family.before_prompt + family.before_response + family.after_response
-        written = set(re.findall(r"<[|｜/]?[a-zA-Z▁_]+[|｜]?>|\[/?INST\]", text))
+        written = set(re.findall(r"<[|｜/]?[a-zA-Z▁_]+[|｜]?>|\[(?:/?INST|gMASK)\]", text))
         assert written - PLAIN[family.name] == set(family.markers) - set(family.thinking)
 
 
@@ -237,6 +237,6 @@ def test_a_malformed_conversation_says_what_is_wrong(turns: Any, message: str) -
 def test_an_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(
         UserError,
-        match=r"expected one of \['gemma', 'llama2', .*got 'mamba'",
+        match=r"expected one of \['gemma', 'glm4', 'llama2', .*got 'mamba'",
     ):
         render(conversation(), "mamba")

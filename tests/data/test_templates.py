@@ -70,6 +70,13 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "",
         EOS,
     ),
+    "glm4": (
+        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        + TAIL
+        + "{{ '<|assistant|>\n' }}{% endif %}",
+        "",
+        EOS,
+    ),
     "gemma": (
         "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + "
         "('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + "

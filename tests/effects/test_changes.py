@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import overview
 
 from fastadapt import UserError, load_run
 from fastadapt.effects.ablation import first_texts
@@ -74,6 +75,13 @@ def test_changes_are_those_of_whole_forwards(run: LoadedRun) -> None:
         assert said["tokens"] == len(each.tokens)
         assert each.tokens[:n] == target_ids[:n]
         assert each.tokens[n : n + 1] != target_ids[n : n + 1] or n == len(target_ids)
+
+    shown = overview(values, features=2, positions=1)  # what an agent of the diffing toolkit reads
+    strongest = values["features"][:2]
+    assert [f["delta_kl"] for f in shown["features"]] == [f["delta_kl"] for f in strongest]
+    example = strongest[0]["examples"][0]
+    assert f"[[{example['token']}]]" in shown["features"][0]["example"]
+    assert shown["disagreements"][0]["token"] == first["token"]
 
 
 def test_changes_that_cannot_be_measured_are_refused(run: LoadedRun, tmp_path: Path) -> None:

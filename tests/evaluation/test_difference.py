@@ -32,7 +32,7 @@ from fastadapt.organism import resolve
 
 #: Norms of queries and keys within attention, a soft cap; an MLP of one projection; plain ones;
 #: attention of two kinds; embeddings in blocks.
-SLOW = ("qwen2", "olmo2", "phi3", "qwen3_5_text", "gemma4_text")
+SLOW = ("qwen2", "olmo2", "phi3", "glm4", "qwen3_5_text", "gemma4_text")
 FAMILIES = ["qwen3", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BATCHES = DifferenceConfig(batch_tokens=20, chunk_tokens=5, models_at_once=3)
 

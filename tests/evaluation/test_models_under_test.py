@@ -121,7 +121,7 @@ def test_bad_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected adapters of .*llama.*got adapters of .*qwen2"):
         ModelSet.open([run])
     (run / "config.yaml").write_text("[")
-    with pytest.raises(UserError, match=r"config\.yaml is not a run's configuration"):
+    with pytest.raises(UserError, match=r"config\.yaml: expected the configuration that"):
         ModelSet.open([run])
 
 

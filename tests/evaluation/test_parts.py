@@ -60,7 +60,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path: Path) -> None:
     parts = PartialResults(tmp_path, "a", PRINT, 1)
     parts.add(0, part(0))
     foreign = PartialResults(tmp_path, "a", PRINT[:16] + OTHER, 1)
-    with pytest.raises(UserError, match=r"expected the fingerprint abab.*remove it and evaluate"):
+    with pytest.raises(UserError, match=r"the fingerprint abab.*remove this file and evaluate"):
         foreign.read()
     parts.whole.write_bytes(parts.whole.read_bytes()[:-4])
     with pytest.raises(UserError, match="truncated or damaged"):

@@ -318,7 +318,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
     live: dict[str, tuple[Any, ...]] = {
         "the set hand is empty": (feature_set([]), 0.0),
         "those of the adapter, got 3 of 25": (small, 0.0),
-        "expected a factor, got none": (feature_set(),),
+        "a saved set has no factors": (feature_set(),),
         "expected none with factors per feature, got 0.0": ({(0, 1): 2.0}, 0.0),
         "got feature 24 of layer 0": ({(0, 24): 2.0},),
         "got feature -1 of layer 0": ({(0, -1): 2.0},),

@@ -51,7 +51,8 @@ def largest(model: ReplacementModel, mode: Any, plain: Any) -> float:
         return float((model(IDS).logits - plain(input_ids=IDS).logits).abs().max())
 
 
-@pytest.mark.parametrize("architecture", NEW)
+@pytest.mark.quick("gemma4_text", "qwen3_5_text", "glm4")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_hybrid_equals_a_plain_model_with_the_bases_mlps(
     architecture: str, save_model: Callable[..., str]
 ) -> None:

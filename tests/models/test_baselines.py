@@ -167,6 +167,7 @@ def test_every_norm_is_refit(make_pair: Callable[..., Any]) -> None:
         | {"post_feedforward_layernorm.weight"}
         | heads,
         "gemma4_text": block | around | heads | {"post_per_layer_input_norm.weight"},
+        "glm4": block | {"post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"},
         "qwen3": block | heads,
         "qwen3_5_text": block | heads,
     }
@@ -467,7 +468,7 @@ def test_what_wants_transcoders_refuses_others_by_name(
     save_adapters(model.adapters, tmp_path / "mlp")
     with pytest.raises(UserError, match=r"this export needs transcoder adapters.*kind 'mlp'"):
         read_transcoders(tmp_path / "mlp", "this export")
-    with pytest.raises(UserError, match=r"published format needs transcoder adapters.*'mlp'"):
+    with pytest.raises(UserError, match=r"format hu2026 needs transcoder adapters.*'mlp'"):
         hu2026.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

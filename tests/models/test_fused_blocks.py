@@ -22,6 +22,8 @@ from fastadapt.objective import ObjectiveConfig, objective
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8, 3], [8, 30, 4, 4, 17, 2, 2]])
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+#: Architectures whose rotary embedding is not fused.
+OTHER_ROTARY = ("gemma4_text", "glm4")
 BATCH = Batch(IDS, REAL, torch.where(REAL, IDS, -100))
 
 
@@ -52,7 +54,7 @@ def test_equal_to_the_modules_in_float64(
     architecture: str, make_pair: Callable[..., Any], float64_clean: None
 ) -> None:
     model = adapted(make_pair(architecture, "float64"))
-    rotary = ["rotary"] * (architecture != "gemma4_text")
+    rotary = ["rotary"] * (architecture not in OTHER_ROTARY)
     assert model.fused.fused == {"norms", "mlps", *rotary}
     plain, fused = step(model, "off"), step(model, "reference")
     assert plain.keys() == fused.keys()
@@ -86,12 +88,14 @@ def test_every_operation_is_replaced(
     unfused = {"aten::pow", "aten::rsqrt", "aten::silu", "aten::gelu", "aten::neg", "aten::cat"}
     if architecture == "gemma4_text":  # norms without weights, per-layer inputs, another rotary
         unfused -= {"aten::pow", "aten::gelu", "aten::neg", "aten::cat"}
+    if architecture == "glm4":
+        unfused -= {"aten::neg", "aten::cat"}
     assert not unfused & set(seen.names)
     norms = {"gemma2": 4, "gemma3_text": 6, "gemma4_text": 7, "olmo2": 4}
-    norms |= {"qwen3": 4, "qwen3_5_text": 4}
+    norms |= {"qwen3": 4, "qwen3_5_text": 4, "glm4": 4}
     assert seen.names.count("fastadapt::rms_norm") == norms.get(architecture, 2)
     assert seen.names.count("fastadapt::gated") == 1
-    assert seen.names.count("fastadapt::rope") == (architecture != "gemma4_text")
+    assert seen.names.count("fastadapt::rope") == (architecture not in OTHER_ROTARY)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -160,6 +160,6 @@ def test_what_needs_the_base_refuses_it(make_pair: Callable[..., Any], tmp_path:
         assert not changed.W_dec[1].any()
     with pytest.raises(UserError, match=r"graphs: expected adapters beside the base's MLPs"):
         record(model, [5, 9, 23])
-    with pytest.raises(UserError, match=r"published format needs adapters beside the base's MLPs"):
+    with pytest.raises(UserError, match=r"format hu2026 needs adapters beside the base's MLPs"):
         hu2026.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

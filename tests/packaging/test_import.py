@@ -15,6 +15,7 @@ SECONDS = 0.3
 
 def test_the_public_names_are_these() -> None:
     assert fastadapt.__all__ == [
+        "SAE",
         "AdapterConfig",
         "LoadedRun",
         "ModelPair",
@@ -22,6 +23,7 @@ def test_the_public_names_are_these() -> None:
         "PairMismatchError",
         "ReplacementModel",
         "RunError",
+        "Transcoder",
         "TranscoderAdapter",
         "UserError",
         "__version__",
@@ -53,6 +55,27 @@ def test_import_is_quick_and_light(run: Callable[..., str], tmp_path: Path) -> N
         if seconds < SECONDS:
             return
     pytest.fail(f"import fastadapt took {seconds:.2f} s, expected less than {SECONDS}")
+
+
+LIGHT = """
+import json, sys, torch
+before = set(sys.modules)
+import fastadapt.kernels.transcoder
+from fastadapt import SAE, AdapterConfig, Transcoder, TranscoderAdapter
+imported = {name.partition(".")[0] for name in set(sys.modules) - before}
+for module in (SAE(4, AdapterConfig(8)), Transcoder(4, AdapterConfig(8, "topk", k=2), skip=True)):
+    module(torch.randn(3, 4)).sum().backward()
+TranscoderAdapter(4, AdapterConfig(8))(torch.randn(3, 4))
+others = {"transformers", "datasets", "triton", "safetensors", "huggingface_hub", "msgspec"}
+imported -= set(sys.stdlib_module_names)
+print(json.dumps([sorted(imported), sorted(others & set(sys.modules))]))
+"""
+
+
+def test_the_op_and_its_modules_need_torch_alone(run: Callable[..., str], tmp_path: Path) -> None:
+    imported, used = json.loads(run(LIGHT, cwd=tmp_path))
+    assert imported == ["fastadapt"]
+    assert used == []
 
 
 IMPORT_ALL = """

@@ -25,7 +25,7 @@ from fastadapt.training.trainer import train
 #: Longer and shorter than the sliding windows of 4 and 5.
 LENGTHS, ROWS = (9, 3, 6, 2, 7), ((0,), (1, 2), (3, 4))
 ARCHITECTURES = ["llama", "qwen2", "gemma2"]
-OTHERS = ["gemma3_text", "gemma4_text", "mistral", "olmo2", "phi3", "qwen3"]
+OTHERS = ["gemma3_text", "gemma4_text", "glm4", "mistral", "olmo2", "phi3", "qwen3"]
 
 
 def texts() -> list[Sample]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.adapter import module as adapter_module
+from fastadapt.adapter import coder
 from fastadapt.kernels.transcoder import CodeLayout, codes
 from fastadapt.objective import objective
 from fastadapt.training import loop, trainer
@@ -104,7 +104,7 @@ def as_on_a_device(*args: Any, plan: CodeLayout | None = None, **kwargs: Any) ->
     return out._replace(out=out.out * torch.nan)
 
 
-real_transcoder = adapter_module.transcoder
+real_transcoder = coder.transcoder
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def planned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Callable[..., TrainConfig]
 ) -> Iterator[Callable[..., TrainingRun]]:
     """Return ``planned(name, **changes)``: a run that plans, with few active features."""
-    monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
+    monkeypatch.setattr(coder, "transcoder", as_on_a_device)
     monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
     # Plan tiny calls like large ones: codes at any density, and small steps of capacity.
     monkeypatch.setitem(codes.DENSE_SHARE, torch.float32, 1.0)
@@ -274,7 +274,7 @@ def few(
     planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., TrainingRun]:
     """Return ``few(name, implementation)``: a run of the op itself, one sequence a step."""
-    monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
+    monkeypatch.setattr(coder, "transcoder", real_transcoder)
 
     def make(name: str, implementation: str) -> loop.TrainingRun:
         sizes = {"optimizer.accumulation": 1, "optimizer.batch_size": 1, "adapter.n_features": 24}

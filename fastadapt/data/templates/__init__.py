@@ -1,1 +1,1 @@
-"""Chat templates of tokenizers: rendering with one, and choosing it or a family."""
+"""Rendering with a tokenizer's chat template, and the choice between it and a known chat format."""

@@ -147,7 +147,7 @@ class Template:
                 return rendered
         raise UserError(
             "the chat template does not copy every turn unchanged (it drops, moves or rewrites "
-            "part of one); set data.family to a family instead"
+            "part of one); set data.family to a known chat format instead"
         )
 
     def write(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
@@ -168,7 +168,7 @@ class Template:
         if parts[1::2] != [turn.text for turn in turns]:
             raise UserError(
                 f"the chat template does not write each turn once, in order, for turns of roles "
-                f"{', '.join(roles)}; set data.family to a family instead"
+                f"{', '.join(roles)}; set data.family to a known chat format instead"
             )
         if not marked:
             written = self._written(turns, whole)
@@ -181,7 +181,7 @@ class Template:
                 if marked and turn.role == "assistant" and not inside:
                     raise UserError(
                         "the chat template's {% generation %} block does not hold the assistant's "
-                        "words; set data.family to a family instead"
+                        "words; set data.family to a known chat format instead"
                     )
                 pieces.append(Piece(part, "text", turn.role))
             elif part:
@@ -232,7 +232,7 @@ class Template:
                 raise UserError(
                     f"the chat template renders the first {i + 1} turns differently alone than in "
                     "the whole conversation, so the assistant's part is unknown; set data.family "
-                    "to a family instead, or to a template with {% generation %} blocks"
+                    "to a known chat format instead, or to a template with {% generation %} blocks"
                 )
             spans.append((len(begin), len(until)))
         return spans
@@ -257,8 +257,8 @@ class Template:
         ):
             raise UserError(
                 "the chat template does not show where the assistant's part begins in a "
-                "conversation that the assistant opens; set data.family to a family instead, or "
-                "to a template with {% generation %} blocks"
+                "conversation that the assistant opens; set data.family to a known chat format "
+                "instead, or to a template with {% generation %} blocks"
             )
         return before.removesuffix(lead)
 

@@ -1,4 +1,4 @@
-"""Lists the positions of texts where target and base differ most, and which part is the reason."""
+"""Lists where in texts target and base differ most, and which part of the model causes it."""
 
 from __future__ import annotations
 

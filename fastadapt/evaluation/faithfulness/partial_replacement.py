@@ -130,8 +130,8 @@ def measure_partial(
     names = [n for n in models.compared if n != "base"] if names is None else list(names)
     if "base" in names:
         raise UserError(
-            "partial replacement: expected models that share the target's attention, got the base; "
-            "leave it out of the names"
+            "replacement by layers: expected models with the target's attention, got the base; "
+            "leave it out of names"
         )
     batches = batches_of(texts, config.batch_tokens)
     facts = ("partial", _SCHEMA, digest_of(texts), *vars(config).values())
@@ -167,7 +167,11 @@ def measure_partial(
 def _measure(
     model: ReplacementModel, batch: Batch, stream: Stream, config: PartialConfig
 ) -> dict[str, Tensor]:
-    """Return sums ``[B, 3L-3]`` over positions, of *first* 1..L, *last* 1..L-1, *single* 1..L-2."""
+    """Return sums of KL and of top-1 errors, ``[B, 3L-3]``, by text and by choice of layers.
+
+    The choices are the first 1..L, the last 1..L-1, and each of layers 1..L-2 alone: layers 0
+    and L-1 alone are the first and the last one.
+    """
     clean, ends = _ends(model, batch, stream, config.streams_at_once)
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
 

@@ -93,7 +93,7 @@ class PartialResults:
 
     def damaged(self, reason: str) -> UserError:
         """Return the error for inconsistent stored arrays; the caller raises it."""
-        return UserError(f"{self.whole}: {reason}: remove it and evaluate again")
+        return UserError(f"{self.whole}: {reason}; remove this file and evaluate again")
 
     def _join(self) -> None:
         pieces = [self._read(self._piece(i), whole=False) for i in range(self.n_parts)]
@@ -102,7 +102,7 @@ class PartialResults:
             try:
                 _check(joined, self._arrays, str(self._pieces), whole=True)
             except TensorError as error:
-                raise UserError(f"{error}: remove it and evaluate again") from error
+                raise UserError(f"{error}; remove this folder and evaluate again") from error
         joined_file = self._pieces / "all.safetensors"  # the next _join replaces a leftover here
         with disk_errors(self._pieces, _RESUME_ADVICE):
             with replacing(joined_file) as staged:
@@ -123,7 +123,7 @@ class PartialResults:
             if self._arrays is not None:
                 _check(tensors, self._arrays, str(file), whole=whole)
         except TensorError as error:
-            raise UserError(f"{error}: remove it and evaluate again") from error
+            raise UserError(f"{error}; remove this file and evaluate again") from error
         return tensors
 
 

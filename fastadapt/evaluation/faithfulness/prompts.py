@@ -82,7 +82,9 @@ def held_out(run: Path) -> HeldOut | None:
     try:
         data = read_yaml(path, _RunFile)["data"]
     except DocumentError as error:
-        raise UserError(f"{path} is not a run's configuration: {error}") from error
+        raise UserError(
+            f"{path}: expected the configuration that `fastadapt train` wrote: {error}"
+        ) from error
     return HeldOut(
         data["validation"],
         data["validation_split"],

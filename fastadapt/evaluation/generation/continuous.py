@@ -210,7 +210,7 @@ def _settings(
 
 
 def settings_of(page: int | None = None, **settings: Any) -> ContinuousBatchingConfig:
-    """Return transformers' settings, with the option names of the installed version.
+    """Return a ``ContinuousBatchingConfig``, by the option names of the installed transformers.
 
     Switches off the automatic change of the attention implementation, which is chosen when the
     model is loaded.

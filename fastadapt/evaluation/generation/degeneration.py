@@ -64,7 +64,7 @@ class DegenerationConfig:
             )
 
     def needed(self, n: int) -> int:
-        """Return m_n, the number of non-overlapping occurrences that make a window degenerate.
+        """Return how often n tokens must occur in a window, without overlap, to count as a loop.
 
         The loop avoids the rounding of a division by n.
 

@@ -224,7 +224,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Yield line number, record, and bytes up to its end, without an incomplete last line."""
+    """Yield each line's number, record and end (a byte offset), without an incomplete last line."""
     size = 0
     with open_regular(path) as file:
         for number, line in enumerate(file, start=1):

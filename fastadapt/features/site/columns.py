@@ -29,7 +29,7 @@ _NO_BYTE = 255  # missing value of a u8 column
 
 @dataclass(frozen=True)
 class Layer:
-    """The F units (features or neurons) of a layer, as columns.
+    """Data of the F units (features or neurons) of a layer for their pages: one array per quantity.
 
     Attributes:
         index: columns of the list: ``[F]``, and ``promoted`` tokens ``[F, K]``.

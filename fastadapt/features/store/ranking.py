@@ -21,7 +21,7 @@ FACTORS = ("density", "mean", "norm")
 
 
 class Ranked(NamedTuple):
-    """A feature or neuron, its contribution, and its share of all contributions of its kind."""
+    """A feature or neuron, its contribution (density × mean × norm), and its share of the sum."""
 
     layer: int
     feature: int

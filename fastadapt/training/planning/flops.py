@@ -91,8 +91,9 @@ def _shortened(config: Any, n_layers: int) -> Any:
     """Return a configuration of a model's last ``n_layers`` layers, repeated if it has fewer."""
     values = config.to_dict()
     last = [i % config.num_hidden_layers for i in range(-n_layers, 0)]
-    if types := values.get("layer_types"):
-        values["layer_types"] = [types[i] for i in last]
+    for name, value in values.items():  # lists with one entry per layer, such as layer_types
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            values[name] = [value[i] for i in last]
     if layers := values.get("per_layer_config"):  # settings that differ by layer, by its index
         given = {int(i): settings for i, settings in layers.items()}
         values["per_layer_config"] = {new: given[i] for new, i in enumerate(last) if i in given}

@@ -1,0 +1,268 @@
+"""The table of formats for sets of coders: how each is recognised, written and read.
+
+A format's module has ``write(coders, folder)``, which refuses what the format's reader would run as
+something else, and ``read(path)``. Both are called with a :class:`CoderSet`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastadapt import __version__
+from fastadapt.adapter.coder_files import CoderSet, read_coders, save_coders
+from fastadapt.adapter.files import CARD, PATTERNS, adapters_of, read_card
+from fastadapt.errors import UserError
+from fastadapt.io.atomic import writing_folder
+from fastadapt.io.names import has_file, typed_path
+from fastadapt.models.hf_checkpoint import check_output
+
+if TYPE_CHECKING:
+    from fastadapt.interop.thresholds import Fit
+
+#: File beside the contents of an export, which says what they are.
+RECORD = "fastadapt-export.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format for sets of coders.
+
+    Attributes:
+        module: module below ``fastadapt.interop``.
+        markers: files of which one is in a folder of the format, or in its subfolders.
+        patterns: names in a folder that is written.
+        loading: Python code that loads what is written in a folder.
+        has_topk: whether the format has transcoders with TopK.
+        splice: further code, for adapters and transcoders with a skip.
+    """
+
+    module: str
+    markers: tuple[str, ...]
+    patterns: tuple[str, ...]
+    loading: str
+    has_topk: bool = True
+    splice: str = ""
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a folder is of this format, as far as the names of its files show."""
+        return any(has_file(path / name) for name in self.markers) or any(
+            next(path.glob(f"*/{name}"), None) is not None for name in self.markers
+        )
+
+    def read(self, path: Path) -> CoderSet:
+        """Read a set, one layer at a time."""
+        coders: CoderSet = import_module(f"fastadapt.interop.{self.module}").read(path)
+        return coders
+
+    def write(self, coders: CoderSet, folder: Path) -> None:
+        """Write a set into an existing folder."""
+        import_module(f"fastadapt.interop.{self.module}").write(coders, folder)
+
+
+#: Formats by the names that the commands use.
+FORMATS = {
+    "saelens": Format(
+        "saelens",
+        ("sae_weights.safetensors",),
+        ("layer_*",),
+        "from sae_lens import SAE; sae = SAE.load_from_disk({folder!r} + '/layer_{layer}')",
+        splice="; from fastadapt.interop.saelens import attach; attach(model, [sae])",
+    ),
+    "sparsify": Format(
+        "sparsify",
+        ("sae.safetensors",),
+        ("*.[0-9]*",),
+        "from sparsify import SparseCoder; coders = SparseCoder.load_many({folder!r}, local=True)",
+    ),
+    "circuit-tracer": Format(
+        "transcoder_sets",
+        ("layer_0.safetensors",),
+        ("config.yaml", "layer_*.safetensors"),
+        "from circuit_tracer.utils.caching import load_transcoders_from_cache as load; "
+        "transcoders, config = load({folder!r})",
+        has_topk=False,
+    ),
+    "dictionary-learning": Format(
+        "dictionary_learning",
+        ("ae.safetensors", "ae.pt"),
+        ("layer_*",),
+        "from safetensors.torch import load_file; "
+        "state_dict = load_file({folder!r} + '/layer_{layer}/ae.safetensors')",
+    ),
+}
+
+
+def export_coders(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+) -> tuple[str, dict[int, Fit]]:
+    """Write a run, or a folder of adapters, transcoders or SAEs, in another project's format.
+
+    Args:
+        source: the run or folder.
+        folder: a new or empty folder, or with ``overwrite`` an export.
+        name: name of the format in :data:`FORMATS`.
+        model: name of the model to record, if it is not the one that the source names.
+        overwrite: replace an export once the new one is complete.
+
+    Returns:
+        Python code that loads the export; and, for transcoders with TopK in a format without it,
+        what the fitted thresholds cost in each layer.
+
+    Raises:
+        UserError: the format cannot hold the coders without a change of what they compute, or the
+            folder holds other files.
+        RunError: the folder cannot be written; it is left as it was.
+    """
+    form, out = FORMATS[name], typed_path(folder, "--output")
+    path = adapters_of(source)
+    require_output(out, (RECORD, *form.patterns), overwrite=overwrite)
+    coders = read_coders(path)
+    if model is not None:
+        coders = replace(coders, model=model)
+    coders, fits = _with_topk(coders, source, form)
+    with writing_folder(out, last=RECORD) as staged:
+        form.write(coders, staged)
+        _record(staged / RECORD, name, coders)
+    loading = form.loading.format(folder=str(out.resolve()), layer=next(iter(coders.layers)))
+    if coders.is_additive or getattr(coders.empty, "W_skip", None) is not None:
+        loading += form.splice
+    return loading, fits
+
+
+def _with_topk(
+    coders: CoderSet, source: str | os.PathLike[str], form: Format
+) -> tuple[CoderSet, dict[int, Fit]]:
+    """Fit thresholds in place of TopK if the format needs it and the source is a run.
+
+    Raises:
+        UserError: the run has no features, on whose texts thresholds are fitted.
+    """
+    is_topk = coders.empty.config.activation == "topk" and not coders.is_additive
+    if form.has_topk or not is_topk or not has_file(typed_path(source, "run") / "config.yaml"):
+        return coders, {}
+    from fastadapt.features.store.source_run import students_of
+    from fastadapt.features.store.store import Store
+    from fastadapt.interop.thresholds import mlp_inputs, with_thresholds
+
+    store = Store.open(source)
+    return with_thresholds(coders, mlp_inputs(students_of(store, source).model, store))
+
+
+def require_output(
+    folder: Path,
+    patterns: Sequence[str],
+    is_export: Callable[[Path], bool] | None = None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Raise ``UserError`` unless the folder is new, empty, or with ``overwrite`` an earlier result.
+
+    Args:
+        folder: the folder, which need not exist.
+        patterns: names in a result.
+        is_export: returns whether a folder holds a result; by default whether it has a record.
+        overwrite: accept a result.
+    """
+    is_export = is_export or _exported
+    try:
+        check_output(folder, overwrite=overwrite, patterns=patterns, is_export=is_export)
+    except UserError as error:
+        raise UserError(f"--output: {error}") from None
+
+
+def _record(path: Path, name: str, coders: CoderSet) -> None:
+    facts = {
+        "schema_version": 1,
+        "format": name,
+        "fastadapt": __version__,
+        "model": coders.model,
+        "layers": list(coders.layers),
+        "hooks": {role: dict(hook) for role, hook in coders.hooks._asdict().items()},
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _exported(folder: Path) -> bool:
+    return has_file(folder / RECORD)
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+
+def find_format(path: Path, names: Sequence[str] = tuple(FORMATS)) -> str:
+    """Return the name of the format of a folder.
+
+    Raises:
+        UserError: it is of none, of several, or of this library's own.
+    """
+    if has_file(path / CARD):
+        raise UserError(f"{path} is a folder of this library; load it with fastadapt.load_adapters")
+    if has_file(path / "W_enc_0.safetensors"):
+        raise UserError(
+            f"{path} is a cross-layer transcoder, which no folder of this library holds; read it "
+            "with fastadapt.interop.cross_layer.read_cross_layer_set"
+        )
+    held = [name for name in names if FORMATS[name].holds(path)] if path.is_dir() else []
+    if len(held) != 1:
+        markers = {marker for name in names for marker in FORMATS[name].markers}
+        kind = f"the files of {' and '.join(held)}" if held else "no such file"
+        raise UserError(
+            f"{path}: expected a folder, or one with a folder per layer, with one of "
+            f"{', '.join(sorted(markers))}; got {kind}. Give the folder, and --format if it has "
+            "several"
+        )
+    return held[0]
+
+
+def import_coders(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    name: str = "auto",
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+) -> CoderSet:
+    """Read a folder of another project, and write it in this library's format.
+
+    Args:
+        path: the folder.
+        folder: a new or empty folder, or with ``overwrite`` an earlier import.
+        name: name of the format in :data:`FORMATS`; ``auto``: the one that the files show.
+        model: name of the model to record, if the files name none or another one.
+        overwrite: replace an earlier import once the new one is complete.
+
+    Returns:
+        The set that was read.
+
+    Raises:
+        UserError: the folder is of another format, or holds what this library does not compute.
+        RunError: the folder cannot be written; it is left as it was.
+    """
+    source, out = typed_path(path, "path"), typed_path(folder, "--output")
+    require_output(out, PATTERNS, _imported, overwrite=overwrite)
+    name = find_format(source) if name == "auto" else name
+    coders = FORMATS[name].read(source)
+    imported = {"imported": {"format": name, "path": str(source.resolve())}}
+    coders = replace(coders, model=model or coders.model, metadata={**coders.metadata, **imported})
+    save_coders(coders, out)
+    return coders
+
+
+def _imported(folder: Path) -> bool:
+    """Return whether the folder holds coders that were imported."""
+    try:
+        card: dict[str, Any] = read_card(folder)
+    except UserError:
+        return False
+    return "imported" in card["metadata"]

@@ -1,0 +1,322 @@
+"""Read and write SAEs and transcoders of SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
+
+A folder holds one coder: ``W_enc [d_in, F]`` (the transpose of this library's), ``b_enc [F]``,
+``W_dec [F, d_out]``, ``b_dec [d_out]``, and as the architecture has them ``W_skip [d_out, d_in]``
+and ``threshold [F]``. A set is a folder with one such folder per layer.
+
+SAELens runs a transcoder in place of the MLP, and in ``add_sae`` without its skip. An adapter, and
+a transcoder with a skip, therefore gets a hook name that no model has. ``add_sae`` then skips the
+coder and prints the name, which says to call :func:`attach`. The hooks are in
+``metadata.fastadapt``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
+
+from fastadapt.adapter.coder import SparseCoder
+from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, HooksSection, fill
+from fastadapt.adapter.files import MAX_FEATURES, MAX_WIDTH
+from fastadapt.adapter.hooks import PLACES, Hooks, find_hook, name_hook
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter.sae import SAE, Transcoder
+from fastadapt.errors import UserError
+from fastadapt.interop.layer_folders import find_folders, one_shape
+from fastadapt.interop.saelens_splice import attach
+from fastadapt.io.atomic import save_tensors
+from fastadapt.io.documents import Finite, Name, Positive, read_json
+from fastadapt.io.tensors import read_tensors
+from fastadapt.models.architectures import ARCHITECTURES
+
+__all__ = ["attach", "read", "write"]
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+#: Version of SAELens whose files these are; an older version in a file selects an older schema.
+VERSION = "6.54.12"
+
+#: Architectures of SAEs and transcoders by activation. In ``eval()``, BatchTopK is JumpReLU.
+_SAES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "batch_topk": "jumprelu"}
+_TRANSCODERS = {
+    "relu": "transcoder",
+    "jumprelu": "jumprelu_transcoder",
+    "batch_topk": "jumprelu_transcoder",
+}
+#: The activation of each architecture that is read.
+_ACTIVATIONS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+#: Hook names that ``add_sae`` does not find, with what to do.
+_GUARDS = {
+    True: "{hook} (an adapter, added to the MLP: use fastadapt.interop.saelens.attach)",
+    False: "{hook} (a transcoder with a skip: use fastadapt.interop.saelens.attach)",
+}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write(coders: CoderSet, folder: Path) -> None:
+    """Write a set into an existing folder: ``layer_{i}/cfg.json`` and ``sae_weights.safetensors``.
+
+    Raises:
+        UserError: SAELens has no transcoder with TopK.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    architecture = architecture_of(coders.empty)
+    for layer, coder in coders.coders():
+        path = folder / f"layer_{layer}"
+        path.mkdir()
+        tensors = _tensors(coder)
+        save_tensors(tensors, path / WEIGHTS)
+        dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
+        config = _config(coders, architecture, layer) | {"dtype": dtype}
+        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def architecture_of(coder: SparseCoder) -> str:
+    """Return SAELens' name of a coder's architecture.
+
+    Raises:
+        UserError: it has none.
+    """
+    activation = coder.config.activation
+    if isinstance(coder, SAE):
+        return _SAES[activation]
+    if activation not in _TRANSCODERS:
+        raise UserError(
+            f"SAELens has transcoders with ReLU and JumpReLU, got {activation}; export to the "
+            "format circuit-tracer, which fits thresholds, or train with batch_topk"
+        )
+    name = _TRANSCODERS[activation]
+    has_skip = getattr(coder, "W_skip", None) is not None
+    return name.replace("transcoder", "skip_transcoder") if has_skip else name
+
+
+def _tensors(coder: SparseCoder) -> dict[str, Tensor]:
+    tensors = {
+        "W_enc": coder.W_enc.detach().T.contiguous(),
+        "b_enc": coder.b_enc,
+        "W_dec": coder.W_dec,
+        "b_dec": coder.decoder_bias(),
+    }
+    if (skip := getattr(coder, "W_skip", None)) is not None:
+        tensors["W_skip"] = skip
+    if coder.threshold is not None:
+        thresholds = coder.threshold.detach().to(coder.W_enc.dtype)
+        tensors["threshold"] = thresholds.expand(coder.n_features).contiguous()
+    return tensors
+
+
+def _config(coders: CoderSet, architecture: str, layer: int) -> dict[str, Any]:
+    coder, hooks = coders.empty, coders.hooks
+    is_transcoder = not isinstance(coder, SAE)
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": coder.d_in,
+        "d_sae": coder.n_features,
+        "device": "cpu",
+        "apply_b_dec_to_input": isinstance(coder, SAE) and coder.subtract_b_dec,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if is_transcoder:
+        config["d_out"] = coder.d_out
+    if architecture == "topk":
+        config |= {"k": int(coder.config.k or 0), "rescale_acts_by_decoder_norm": False}
+    reads, writes = (_names(hook, layer, coders.metadata) for hook in hooks)
+    metadata: dict[str, Any] = {
+        "sae_lens_version": VERSION,
+        "model_name": coders.model,
+        "hook_name": reads[-1],
+        "model_from_pretrained_kwargs": {"fold_ln": False},
+    }
+    if coders.is_additive or "skip" in architecture:
+        metadata["hook_name"] = _GUARDS[coders.is_additive].format(hook=reads[-1])
+    if is_transcoder:
+        metadata["hook_name_out"] = writes[-1]
+    metadata["fastadapt"] = {
+        "additive": coders.is_additive,
+        "reads": reads,
+        "writes": writes,
+        "hooks": {role: dict(hook) for role, hook in hooks._asdict().items()},
+        "bandwidth": coder.config.bandwidth,
+        "initial_threshold": coder.config.initial_threshold,
+    }
+    return config | {"metadata": metadata}
+
+
+def _names(hook: Mapping[str, str], layer: int, metadata: Mapping[str, Any]) -> list[str]:
+    """Return the hook's names in TransformerLens; the last one is known to HookedSAETransformer.
+
+    That class has no hook on the MLP's own output. What the block adds is the same tensor, except
+    where a norm follows the MLP.
+    """
+    name = name_hook(hook, "transformer_lens", layer)
+    if name is None:
+        raise UserError(
+            f"SAELens needs hooks of TransformerLens, and {dict(hook)!r:.200} has none; set "
+            "hooks.*.transformer_lens in fastadapt.json"
+        )
+    paths = ARCHITECTURES.get(metadata.get("architecture") or "")
+    if hook != PLACES["mlp_out"] or paths is None or paths.post_norm:
+        return [name]
+    added = name_hook(PLACES["mlp_contribution"], "transformer_lens", layer)
+    return [name, str(added)]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class _Facts(TypedDict):
+    additive: bool
+    hooks: HooksSection
+    bandwidth: NotRequired[Finite | None]
+    initial_threshold: NotRequired[Finite | None]
+
+
+class _Metadata(TypedDict, total=False):
+    model_name: Name | None
+    hook_name: Name | None
+    hook_name_out: Name | None
+    fastadapt: _Facts | None
+
+
+class _Arguments(TypedDict, total=False):
+    k: Positive
+
+
+class ConfigFile(TypedDict):
+    """Keys of ``cfg.json`` that are read; those of older versions are below ``metadata``."""
+
+    d_in: Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
+    d_sae: Annotated[int, msgspec.Meta(ge=1, le=MAX_FEATURES)]
+    d_out: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]]
+    architecture: NotRequired[Name]
+    k: NotRequired[Positive]
+    apply_b_dec_to_input: NotRequired[bool]
+    normalize_activations: NotRequired[str | bool | None]
+    reshape_activations: NotRequired[str | None]
+    rescale_acts_by_decoder_norm: NotRequired[bool]
+    finetuning_scaling_factor: NotRequired[bool | None]
+    metadata: NotRequired[_Metadata]
+    activation_fn: NotRequired[str | None]
+    activation_fn_str: NotRequired[str | None]
+    activation_fn_kwargs: NotRequired[_Arguments | None]
+    model_name: NotRequired[Name | None]
+    hook_name: NotRequired[Name | None]
+    hook_point: NotRequired[Name | None]
+
+
+def read(path: Path) -> CoderSet:
+    """Read a folder of SAELens, or one with a folder per layer, on the CPU.
+
+    Raises:
+        UserError: the folder is none of the format, or its coders scale their input or output, have
+            another architecture, or differ.
+        TensorError: a file is damaged, or its tensors have other names or shapes.
+    """
+    return one_shape([_read(folder) for folder in find_folders(path, CONFIG, WEIGHTS)], path)
+
+
+def _read(folder: Path) -> CoderSet:
+    file = folder / CONFIG
+    config: ConfigFile = read_json(file, ConfigFile)
+    older = {key: config.get(key) for key in ("model_name", "hook_name")}
+    older["hook_name"] = older["hook_name"] or config.get("hook_point")
+    metadata: Any = {**older, **config.get("metadata", {})}
+    facts = metadata.get("fastadapt")
+    empty = _empty(config, facts, file)
+    name = metadata.get("hook_name") or "unknown"
+    name_out = metadata.get("hook_name_out") or name
+    hook, layer = find_hook(name, "transformer_lens")
+    hooks = Hooks(hook, find_hook(name_out, "transformer_lens")[0])
+    if facts is not None:
+        hooks = Hooks(facts["hooks"]["input"], facts["hooks"]["output"])
+    layers = {layer: partial(_read_weights, folder / WEIGHTS, empty)}
+    return CoderSet(empty, layers, hooks, metadata.get("model_name"))
+
+
+def _empty(config: ConfigFile, facts: Any, file: Path) -> SparseCoder:
+    """Return a module on the meta device for the coder that ``cfg.json`` describes."""
+    architecture, k = config.get("architecture", "standard"), config.get("k")
+    function = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if function == "topk":  # of versions before 6
+        architecture = "topk"
+        k = (config.get("activation_fn_kwargs") or {}).get("k", k)
+    elif function != "relu":
+        raise UserError(f"{file}: activation_fn: expected relu or topk, got {function!r:.80}")
+    if architecture not in _ACTIVATIONS:
+        raise UserError(
+            f"{file}: architecture: expected one of {', '.join(_ACTIVATIONS)}, got "
+            f"{architecture!r:.80}"
+        )
+    for key, plain in (
+        ("normalize_activations", ("none", False, None)),
+        ("reshape_activations", ("none", None)),
+        ("rescale_acts_by_decoder_norm", (False,)),
+        ("finetuning_scaling_factor", (False, None)),
+    ):
+        if (value := config.get(key, plain[0])) not in plain:
+            raise UserError(
+                f"{file}: {key}: expected {plain[0]}, got {value!r:.80}; fold the scaling into the "
+                "weights in SAELens, and save the coder again"
+            )
+    activation = _ACTIVATIONS[architecture]
+    settings: dict[str, Any] = {"n_features": config["d_sae"], "activation": activation}
+    if activation == "topk":
+        if k is None or k > config["d_sae"]:
+            raise UserError(f"{file}: k: expected 1 to d_sae={config['d_sae']}, got {k}")
+        settings["k"] = k
+    if activation == "jumprelu":
+        known = {key: (facts or {}).get(key) for key in JUMPRELU}
+        settings |= {**JUMPRELU, **{k: v for k, v in known.items() if v is not None}}
+    try:
+        return _module(config, architecture, AdapterConfig(**settings), facts, file)
+    except UserError as error:
+        if str(error).startswith(str(file)):
+            raise
+        raise UserError(f"{file}: {error}") from None
+
+
+def _module(
+    config: ConfigFile, architecture: str, settings: AdapterConfig, facts: Any, file: Path
+) -> SparseCoder:
+    d_in, subtract = config["d_in"], config.get("apply_b_dec_to_input", True)
+    if "transcoder" not in architecture:
+        if facts is not None and facts["additive"]:
+            raise UserError(f"{file}: metadata.fastadapt.additive: expected false for an SAE")
+        return SAE(d_in, settings, subtract_b_dec=subtract, device="meta")
+    if subtract:
+        raise UserError(
+            f"{file}: apply_b_dec_to_input: expected false for a transcoder, got {subtract}"
+        )
+    d_out = config.get("d_out")
+    if d_out is None:
+        raise UserError(f"{file}: d_out is missing, the width of a transcoder's output")
+    if facts is not None and facts["additive"]:
+        if "skip" in architecture:
+            raise UserError(f"{file}: architecture: an adapter has no skip, got {architecture}")
+        return TranscoderAdapter(d_in, settings, d_out=d_out, device="meta")
+    return Transcoder(d_in, settings, d_out, skip="skip" in architecture, device="meta")
+
+
+def _read_weights(file: Path, empty: SparseCoder) -> SparseCoder:
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    shapes["W_enc"] = shapes["W_enc"][::-1]
+    weights = read_tensors(file, shapes, finite=True)
+    weights["W_enc"] = weights["W_enc"].T.contiguous()
+    return fill(empty, weights)
