@@ -31,8 +31,10 @@ SECTIONS = {
         "docs/evaluation",
         "docs/features",
         "docs/graphs",
+        "docs/formats",
         "docs/serving",
         "docs/adapter",
+        "docs/library",
     ),
     "Results": ("docs/results", "docs/paper", "docs/state"),
     "Embedded pairs": (

@@ -143,6 +143,10 @@ def unresolved(code: str) -> list[str]:
             known |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             known.add(node.id)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            known.add(node.name)
     for node in nodes:
         if isinstance(node, ast.Name) and node.id not in known | modules.keys():
             missing.append(node.id)
@@ -167,6 +171,7 @@ def test_python_blocks_compile_and_their_names_resolve(page: str) -> None:
         ("from fastadapt import load_run\nrun = load_run('x')\nrun.model\n", []),
         ("from fastadapt import open_run\n", ["open_run"]),
         ("import torch\nx = torch.randm(2)\n", ["torch.randm"]),
+        ("def half(x):\n    return x / 2\nhalf(y)\n", ["y"]),
         ("with scale_features(model, {}):\n    pass\n", ["scale_features", "model"]),
     ],
 )
