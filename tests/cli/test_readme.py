@@ -39,10 +39,10 @@ def lines(*code: str) -> list[str]:
 
 
 def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("python", "docs/adapter.md")
+    code = blocks("python", "docs/library.md")[-1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names: dict[str, Any] = {}
-    exec(compile(code, "docs/adapter.md", "exec"), names)
+    exec(compile(code, "docs/library.md", "exec"), names)
     gradients = {name: p.grad for name, p in names["adapter"].named_parameters()}
     assert set(gradients) == {"W_enc", "b_enc", "W_dec", "b_dec"}
     assert all(g is not None for g in gradients.values())

@@ -127,7 +127,7 @@ def test_the_output_hook_is_that_of_the_mlp(architecture: str | None, tmp_path: 
     coders, path = make_set("transcoder"), folder(tmp_path)
     write(CoderSet(coders.empty, coders.layers, metadata={"architecture": architecture}), path)
     metadata = config_of(path, 1)["metadata"]
-    after = architecture in (None, "gemma2", "gemma3_text", "gemma4_text", "olmo2")
+    after = architecture in (None, "gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2")
     assert metadata["hook_name"] == "blocks.1.mlp.hook_in"
     expected = "blocks.1.mlp.hook_out" if after else "blocks.1.hook_mlp_out"
     assert metadata["hook_name_out"] == expected
@@ -243,5 +243,5 @@ def test_architectures_with_a_norm_behind_the_mlp(architecture: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     block = model.model.layers[0]
-    has_norm = hasattr(block, "post_feedforward_layernorm")
+    has_norm = any(hasattr(block, f"post_{mlp}_layernorm") for mlp in ("feedforward", "mlp"))
     assert has_norm == ARCHITECTURES[architecture].post_norm

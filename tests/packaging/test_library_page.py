@@ -19,7 +19,7 @@ PAGE = (Path(__file__).parents[2] / "docs/library.md").read_text(encoding="utf-8
 def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for code in blocks:
         exec(compile(code, "docs/library.md", "exec"), names)
     assert all(t.grad is not None for t in names["inputs"])
