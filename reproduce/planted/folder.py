@@ -153,8 +153,8 @@ def parts_of(folder: Path, seeds: Sequence[int], nulls: Sequence[int]) -> list[P
     return [
         Part(folder / f"seed{seed}" / role, seed, role)
         for seed in seeds
-        for role, of in roles.items()
-        if seed in of
+        for role, numbers in roles.items()
+        if seed in numbers
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,11 +67,13 @@ class Measured(Stamp):
     units: dict[str, list[StoredUnit]]
 
 
+@cache
 def rules() -> str:
     """Return the SHA-256 of the rules by which organisms are measured.
 
     It is that of the code, without comments, docstrings and layout, so that no change is forgotten.
-    The judge reads what is stored. Only the sizes of what the judge sees count.
+    The judge reads what is stored. Only the sizes of what the judge sees count. The files are read
+    once, since a process goes on with the code that it has loaded.
     """
     sha256 = hashlib.sha256(f"{CONTEXTS} {PROMOTED}".encode())
     for file in (reading.__file__, units.__file__, __file__):
