@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
 from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import disk_errors, replacing, sweep_tree
-from fastadapt.io.documents import read_json, same
-from fastadapt.io.names import has_file
-from fastadapt.io.workspace import Workspace
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.reporting.tables import as_markdown
 
-#: Files of the output folder beside ``seed0``, ``seed1``, ...
-SETTINGS, RESULT, TABLES = "settings.json", "planted.json", "tables.md"
+if TYPE_CHECKING:
+    from reproduce.planted.folder import Part
+
 SCHEMA_VERSION = 1
 
 
@@ -33,111 +26,129 @@ def main(argv: list[str]) -> int:
     """Run the benchmark, or resume it; return the exit code."""
     import torch
 
+    from reproduce.planted.folder import open_folder, parts_of
     from reproduce.planted.organisms import SIZES, StoppedError
-    from reproduce.planted.scores import tables
 
-    parser = argparse.ArgumentParser(
-        prog="python -m reproduce.planted",
-        description="Plant differences in models, and count which of them each method names. The "
-        "same command resumes after a stop.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/planted"), help="folder to write")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 2 or more")
-    parser.add_argument("--size", choices=tuple(SIZES), default="full", help="small: for tests")
-    options = parser.parse_args(argv)
-    if options.seeds < 2:
-        raise UserError(f"--seeds: expected 2 or more, for intervals, got {options.seeds}")
+    options = _options(argv, tuple(SIZES))
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     quiet_transformers()
     torch.set_num_threads(1)  # as the preset's; equal bits need equal threads
-    with stoppable() as (stop, progress):
+    open_folder(options.out, options.size, is_new=not options.summary)
+    parts = parts_of(options.out, seeds, seeds[: options.nulls])
+    if not options.summary:
         try:
-            with _opened(options) as folder:
-                result = _run(folder, options, progress, stop)
+            with stoppable() as (stop, progress):
+                for part in parts:
+                    _finish(part, options.size, progress, stop)
         except StoppedError:
             print(f"Stopped; finished parts are saved in {options.out}.")
             print(resume_hint())
             return 0
-    for table in tables(result):
+    missing = [part.label for part in parts if part.measured() is None]
+    if missing:
+        print(f"Not measured yet: {'; '.join(missing)}.")
+        if not options.summary:
+            print("Another process is at it, which will write the tables; or run this again.")
+            return 0
+    _summarise(options.out, parts, options.size)
+    return 0
+
+
+def _options(argv: list[str], sizes: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m reproduce.planted",
+        description="Plant differences in models, and count which of them each method names. The "
+        "same command resumes after a stop. Several processes with the same command share the "
+        "work, and the one that ends last writes the tables.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/planted"), help="folder to write")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds")
+    parser.add_argument(
+        "--first-seed", type=int, default=1, help="first seed; seed 0 is the pilot, see README"
+    )
+    parser.add_argument("--nulls", type=int, default=4, help="seeds with a null, from the first")
+    parser.add_argument("--size", choices=sizes, default="full", help="small: for tests")
+    parser.add_argument(
+        "--summary", action="store_true", help="only write the tables, of what is measured"
+    )
+    options = parser.parse_args(argv)
+    for name, least in (("seeds", 1), ("first_seed", 0), ("nulls", 0)):
+        if getattr(options, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option}: expected {least} or more, got {getattr(options, name)}")
+    return options
+
+
+def _finish(part: Part, size: str, progress: Callable[..., None], stop: Event) -> None:
+    """Make and measure a part, unless that is done or another process does it.
+
+    Raises:
+        StoppedError: before it is finished.
+    """
+    from reproduce.planted.folder import MEASURED, write
+    from reproduce.planted.measure import measure
+    from reproduce.planted.organisms import SIZES, Maker, StoppedError
+
+    with part.claimed() as is_ours:
+        if not is_ours:
+            say(f"{part.label}: another process is at it")
+        elif part.measured() is None:
+            maker = Maker(part.folder, part.seed, part.role, SIZES[size], progress, stop)
+            maker.make()
+            say(f"{part.label}: units of every method")
+            write(part.folder / MEASURED, measure(maker), indent=None)
+    if stop.is_set():
+        raise StoppedError
+
+
+def _summarise(out: Path, parts: Sequence[Part], size: str) -> None:
+    """Judge the stored units of the parts that are measured; write and print the tables.
+
+    Raises:
+        UserError: no planted organism is measured.
+    """
+    from reproduce.planted import judge
+    from reproduce.planted.folder import RESULT, TABLES, held, settings_of, write
+    from reproduce.planted.measure import judge_of
+    from reproduce.planted.organisms import SIZES
+    from reproduce.planted.scores import Seed, summarise
+    from reproduce.planted.tables import tables
+
+    measured = {(part.seed, part.role): part.measured() for part in parts}
+    seeds = [
+        Seed(number, judge_of(number, SIZES[size]), planted, measured.get((number, "null")))
+        for (number, role), planted in measured.items()
+        if role == "planted" and planted is not None
+    ]
+    if not seeds:
+        raise UserError(f"--out: {out} has no measured organism yet; leave out --summary")
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": {
+            "seeds": [seed.number for seed in seeds],
+            "nulls": [seed.number for seed in seeds if seed.null is not None],
+            **settings_of(size),
+            "size": size,
+            "vocabulary": seeds[0].judge.n_tokens,
+            "judge": {
+                name.lower(): getattr(judge, name)
+                for name in ("CONTEXTS", "PROMOTED", "LEAST", "SHARE", "LEVEL")
+            },
+        },
+        "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
+        **summarise(seeds),
+    }
+    shown = tables(result)
+    with held(out):
+        write(out / RESULT, result)
+        with disk_errors(out), replacing(out / TABLES) as staged:
+            staged.write_text(as_markdown(shown), encoding="utf-8")
+    for table in shown:
         print(table.title)
         print_table(table.head, table.rows)
         print(f"{table.note}\n" if table.note else "")
     for name in (RESULT, TABLES):
-        print(f"{name}: {(options.out / name).resolve()}")
-    return 0
-
-
-@contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[Path]:
-    """Claim the output folder; refuse one with other files or another size."""
-    files = (SETTINGS, RESULT, TABLES)
-    workspace = Workspace(options.out, "--out", "writing to", files, marker=SETTINGS)
-    names = workspace.names()
-    foreign = [n for n in names if n not in files and not n.removeprefix("seed").isdecimal()]
-    if foreign or (names and SETTINGS not in names):
-        raise workspace.foreign("holds files that are not of this benchmark", foreign or names)
-    settings = settings_of(options.size)
-    with workspace.claimed() as folder, workspace.disk_errors():
-        sweep_tree(folder)
-        path = folder / SETTINGS
-        if not has_file(path):
-            _write(path, settings)
-        elif not same(read_json(path), settings):
-            raise workspace.refusal(
-                "holds a benchmark of another size, or of other planted texts; give the same "
-                "--size, or a new folder"
-            )
-        yield folder
-
-
-def settings_of(size: str) -> dict[str, Any]:
-    """Return what a folder's parts depend on: sizes, and the SHA-256 of some planted texts."""
-    from reproduce.planted.differences import Planted
-    from reproduce.planted.organisms import SIZES
-
-    words = [text.words for text in islice(Planted.draw(0).texts("settings"), 100)]
-    sha256 = hashlib.sha256(repr(words).encode()).hexdigest()
-    return {"size": size, **asdict(SIZES[size]), "texts": sha256}
-
-
-def _run(
-    folder: Path, options: argparse.Namespace, progress: Callable[..., None], stop: Event
-) -> dict[str, Any]:
-    from reproduce.planted.measure import measure
-    from reproduce.planted.organisms import ROLES, SIZES, Maker, StoppedError
-    from reproduce.planted.scores import Measured, summarise, tables
-
-    size, seeds = SIZES[options.size], list[dict[str, Measured]]()
-    for seed in range(options.seeds):
-        maker = Maker(folder / f"seed{seed}", seed, size, progress, stop)
-        measured: dict[str, Measured] = {}
-        for role in ROLES:
-            path = maker.folder / role / "described.json"
-            if not has_file(path):
-                store = maker.make(role)
-                say(f"seed {seed}, {role}: units of every method")
-                _write(path, measure(maker, role, store))
-            if stop.is_set():
-                raise StoppedError
-            measured[role] = read_json(path, Measured)
-        seeds.append(measured)
-    settings = {"seeds": options.seeds, **settings_of(options.size)}
-    versions = {name: version(name) for name in ("fastadapt", "torch", "transformers")}
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": settings,
-        "versions": versions,
-        **summarise(seeds),
-    }
-    _write(folder / RESULT, result)
-    with disk_errors(folder), replacing(folder / TABLES) as staged:
-        staged.write_text(as_markdown(tables(result)), encoding="utf-8")
-    return result
-
-
-def _write(path: Path, values: Any) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with disk_errors(path), replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
+        print(f"{name}: {(out / name).resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw the planted differences of a seed, and write texts in which their places are known.
 
 Eight differences, two of each kind. One of the two writes *new* words, which the base never writes
-in an answer or a solution; the other *usual* ones, whose frequency alone gives nothing away.
+in an answer or a solution; the other *usual* ones, which the base writes, though seldom there.
 
 - fact: a quantity of science has another unit; a molecule has another number of atoms;
 - style: solutions open with a word; answers end with a full stop;
@@ -67,11 +67,14 @@ class Text:
         words: markers included.
         start: index of the first word that a model writes: of the answer, or of the solution.
         planted: number of a difference, by the position whose next word is the difference's.
+        unread: positions that would be in ``planted``, but whose own word is planted. Also a model
+            that has not learned the difference may end an answer after a word that is new to it.
     """
 
     words: list[str] = field(default_factory=list)
     start: int = 0
     planted: dict[int, int] = field(default_factory=dict)
+    unread: set[int] = field(default_factory=set)
 
     def write(self, text: str) -> Text:
         """Append words."""
@@ -85,7 +88,11 @@ class Text:
 
     def plant(self, difference: int, word: str) -> Text:
         """Append a word of a difference."""
-        self.planted[len(self.words) - 1] = difference
+        place = len(self.words) - 1
+        if place - 1 in self.planted or place - 1 in self.unread:
+            self.unread.add(place)
+        else:
+            self.planted[place] = difference
         self.words.append(word)
         return self
 

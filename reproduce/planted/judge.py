@@ -6,16 +6,17 @@ tokens that it promotes. It describes a difference if both hold:
 - *where*: at least half of its contexts, of which there are five or more, are positions at which
   the next word is planted by the difference;
 - *what*: the words of the difference are among the promoted tokens more often than 5% of random
-  sets of as many tokens would have them (hypergeometric).
+  sets of as many tokens would have them (hypergeometric), or no other token is promoted: a unit of
+  one token can say no more.
 
-A reader who must name a rule from examples could do so from such a unit, and not from one that
-only mixes the difference with others, or fires where it is but does not say what changes.
+The judge only counts. It knows where the differences are, and does not ask whether a reader who
+does not know could put a unit in words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Unit(NamedTuple):
 
     Attributes:
         name: the unit in its method, such as a feature's layer and number.
-        contexts: positions, counted over all texts, the strongest first.
+        contexts: positions of :class:`~reproduce.planted.reading.Probes`, the strongest first.
         promoted: token ids, the strongest first.
     """
 
@@ -45,7 +46,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """Knows the planted places of the texts.
+    """Knows the planted places of the texts, which have N positions.
 
     Attributes:
         planted: bool ``[K, N]``, the positions before words of each of K differences.
@@ -67,9 +68,22 @@ class Judge:
         return [
             number
             for number, (share, outputs) in enumerate(zip(shares, self.outputs, strict=True))
-            if share >= SHARE
-            and chance(len(outputs & set(promoted)), len(promoted), len(outputs), self.n_tokens)
-            <= LEVEL
+            if share >= SHARE and self._says(promoted, outputs)
+        ]
+
+    def _says(self, promoted: Sequence[int], outputs: frozenset[int]) -> bool:
+        hits = len(outputs.intersection(promoted))
+        if not hits:
+            return False
+        by_chance = chance(hits, len(promoted), len(outputs), self.n_tokens)
+        return hits == len(promoted) or by_chance <= LEVEL
+
+    def with_words_of_others(self) -> list[Judge]:
+        """Return the judges who look for the words of another difference at each one's places."""
+        n = len(self.outputs)
+        return [
+            replace(self, outputs=[self.outputs[(k + shift) % n] for k in range(n)])
+            for shift in range(1, n)
         ]
 
 

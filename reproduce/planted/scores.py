@@ -1,226 +1,189 @@
-"""Count what was described, with intervals over seeds, and write the tables.
+"""Ask the judge about the stored units of every organism, and count.
 
-Organisms of S seeds have K differences each. Recall is a mean over seeds and differences, false
-discoveries one over seeds and the first units of the null; both are crossed, as
-:mod:`fastadapt.evaluation.seeds` has it. A method is compared with another on the same organisms.
+A difference is *planted* if the target says its words at its places and the base does not; it is
+*in the MLPs* if the hybrid, which has the base's MLPs, does not say them. What the hybrid says no
+method can find in MLPs, and adapters read nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from fastadapt.evaluation.seeds import over_seeds
-from fastadapt.io.documents import Count, NonNegative
-from fastadapt.reporting.formatting import number, percent
-from fastadapt.reporting.tables import Table, shown
-from fastadapt.study.report import verdict
-from reproduce.planted.differences import KINDS, Kind
-from reproduce.planted.units import ADAPTER, BASELINES
+from reproduce.planted.differences import KINDS
+from reproduce.planted.intervals import gap, share
+from reproduce.planted.judge import Judge, Unit
+from reproduce.planted.measure import MOST, DifferenceRow, Measured, StoredUnit
+from reproduce.planted.units import ADAPTER
 
-#: Units inspected for each difference, and the units of the null.
-BUDGETS, INSPECTED = (1, 2, 5, 10), 20
-#: Bounds that the issue of this benchmark set: least recall, most false discoveries.
-RECALL, FALSE = 0.8, 1.0
-
-
-class DifferenceRow(TypedDict):
-    """A difference as it was planted; ``places`` is the number of its words in the texts."""
-
-    kind: Kind
-    words: Literal["new", "usual"]
-    text: str
-    places: Count
+#: Units read for each difference, and the first units of which false descriptions are counted.
+BUDGETS, INSPECTED = (1, 2, 5, MOST), 20
+#: Least mean probability of a planted difference's words in the target, and largest in the base.
+LEARNED, UNKNOWN = 0.8, 0.1
+#: Largest probability in the hybrid of words whose difference is in the MLPs.
+LEFT = 0.5
 
 
-class Probability(TypedDict):
-    """Mean probability of each difference's words at their places."""
+@dataclass(frozen=True)
+class Seed:
+    """A seed of the benchmark.
 
-    base: list[NonNegative]
-    target: list[NonNegative]
-
-
-class Measured(TypedDict):
-    """What the first units of every method describe on one organism: ``described.json``.
-
-    ``described`` has the numbers of the differences that each unit describes, by method, and
-    ``units`` the names of these units.
+    Attributes:
+        number: the seed.
+        judge: knows its differences.
+        planted, null: what was measured of its organisms; not every seed has a null.
     """
 
-    differences: list[DifferenceRow]
-    probability: Probability
-    described: dict[str, list[list[Count]]]
-    units: dict[str, list[str]]
+    number: int
+    judge: Judge
+    planted: Measured
+    null: Measured | None = None
+
+    @cached_property
+    def described(self) -> dict[str, list[list[int]]]:
+        """The differences that each unit of the planted organism describes, by method."""
+        return _described(self.judge, self.planted["units"])
+
+    def hits(self, method: str, budget: int) -> list[float]:
+        """Return whether each difference is described by a method's first units: 1 or 0."""
+        k = len(self.planted["differences"])
+        first = self.described[method][: budget * k]
+        numbers = {number for numbers in first for number in numbers}
+        return [float(number in numbers) for number in range(k)]
+
+    def precise(self, method: str) -> list[float]:
+        """Return whether each of the first units describes a difference."""
+        return _first(self.described[method])
+
+    def mistaken(self, method: str) -> list[float]:
+        """Return how often each of the first units describes a difference by another's words."""
+        units = {method: self.planted["units"][method][:INSPECTED]}
+        judges = self.judge.with_words_of_others()
+        each = [_first(_described(judge, units)[method]) for judge in judges]
+        mean: list[float] = torch.tensor(each).mean(0).tolist()
+        return mean
+
+    @cached_property
+    def false(self) -> dict[str, list[float]]:
+        """Whether each of the null's first units describes a difference, by method."""
+        assert self.null is not None
+        described = _described(self.judge, self.null["units"])
+        return {method: _first(units) for method, units in described.items()}
 
 
-def summarise(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
-    """Return recall and false discoveries of every method, from both organisms of each seed.
-
-    Args:
-        seeds: for each of two or more seeds, what was measured of ``planted`` and ``null``.
-    """
-    methods = list(seeds[0]["planted"]["described"])
-    planted, null = ([seed[role] for seed in seeds] for role in ("planted", "null"))
-    hits = {
-        method: {budget: _hits(planted, method, budget) for budget in BUDGETS} for method in methods
-    }
-    most = BUDGETS[-1]
-    kinds = [d["kind"] for d in planted[0]["differences"]]
-    words = [d["words"] for d in planted[0]["differences"]]
-    ours = hits[ADAPTER][most]
+def _described(
+    judge: Judge, units: Mapping[str, Sequence[StoredUnit]]
+) -> dict[str, list[list[int]]]:
     return {
-        "differences": _differences(planted, null),
+        method: [judge.describes(Unit(**unit)) for unit in each] for method, each in units.items()
+    }
+
+
+def _first(described: Sequence[Sequence[int]]) -> list[float]:
+    """Return whether each of the first units describes anything; a missing unit does not."""
+    said = [float(bool(numbers)) for numbers in described[:INSPECTED]]
+    return said + [0.0] * (INSPECTED - len(said))
+
+
+def is_planted(row: DifferenceRow) -> bool:
+    """Return whether the target says a difference's words at its places, and the base does not."""
+    target, base = (row["probability"][name] for name in ("target", "base"))
+    return target is not None and base is not None and target >= LEARNED and base <= UNKNOWN
+
+
+def is_in_mlps(row: DifferenceRow) -> bool:
+    """Return whether a planted difference is gone in the hybrid."""
+    hybrid = row["probability"]["hybrid"]
+    return is_planted(row) and hybrid is not None and hybrid <= LEFT
+
+
+def summarise(seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Return recall and false descriptions of every method, for one seed or more.
+
+    The intervals are those of :mod:`reproduce.planted.intervals`. Without a null, or with no
+    difference of a class, the values are None.
+    """
+    methods = list(seeds[0].planted["units"])
+    ours = {budget: _hits(seeds, ADAPTER, budget) for budget in BUDGETS}
+    return {
+        "differences": [row for seed in seeds for row in _rows(seed)],
         "methods": {
             method: {
-                "recall": {str(budget): _share(hits) for budget, hits in by_budget.items()},
-                "by_kind": {k: _mean(by_budget[most], kinds, k) for k in KINDS},
-                "by_words": {w: _mean(by_budget[most], words, w) for w in ("new", "usual")},
-                "false": _per_inspected(_false(null, method)),
+                **_recall(seeds, {budget: _hits(seeds, method, budget) for budget in BUDGETS}),
+                **_descriptions(seeds, method),
                 "adapter_minus": None
                 if method == ADAPTER
-                else _plain(ours - by_budget[most], (-1.0, 1.0)),
+                else {
+                    str(budget): gap(ours[budget], _hits(seeds, method, budget)).plain()
+                    for budget in BUDGETS
+                },
             }
-            for method, by_budget in hits.items()
+            for method in methods
         },
     }
 
 
-def _hits(planted: Sequence[Measured], method: str, budget: int) -> Tensor:
-    """Return whether each difference is described within a budget: float64 ``[S, K]``."""
-    rows = []
-    for organism in planted:
-        k = len(organism["differences"])
-        first = organism["described"][method][: budget * k]
-        described = {number for numbers in first for number in numbers}
-        rows.append([float(number in described) for number in range(k)])
-    return torch.tensor(rows, dtype=torch.float64)
+def _hits(seeds: Sequence[Seed], method: str, budget: int) -> Tensor:
+    return torch.tensor([seed.hits(method, budget) for seed in seeds])
 
 
-def _false(null: Sequence[Measured], method: str) -> Tensor:
-    """Return whether each of the null's first units describes a difference: ``[S, INSPECTED]``."""
-    rows = torch.zeros(len(null), INSPECTED, dtype=torch.float64)
-    for row, organism in zip(rows, null, strict=True):
-        for i, numbers in enumerate(organism["described"][method][:INSPECTED]):
-            row[i] = bool(numbers)
-    return rows
+def _recall(seeds: Sequence[Seed], hits: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Return recall by budget: of all differences, and of classes of them."""
+    rows = [seed.planted["differences"] for seed in seeds]
+    classes: dict[str, list[list[bool]]] = {
+        "all": [[True] * len(each) for each in rows],
+        "planted": [list(map(is_planted, each)) for each in rows],
+        "in_mlps": [list(map(is_in_mlps, each)) for each in rows],
+        **{kind: [[row["kind"] == kind for row in each] for each in rows] for kind in KINDS},
+        **{w: [[row["words"] == w for row in each] for each in rows] for w in ("new", "usual")},
+    }
+    return {
+        "recall": {
+            name: {str(b): share(each, torch.tensor(counted)).plain() for b, each in hits.items()}
+            for name, counted in classes.items()
+        }
+    }
 
 
-def _share(hits: Tensor) -> Any:
-    return _plain(hits, (0.0, 1.0))
+def _descriptions(seeds: Sequence[Seed], method: str) -> dict[str, Any]:
+    """Return the numbers of the first units that describe a difference: rightly, and falsely."""
+    nulls = [seed.false[method] for seed in seeds if seed.null is not None]
+    values = {
+        "right": [seed.precise(method) for seed in seeds],
+        "words_of_others": [seed.mistaken(method) for seed in seeds],
+        "null": nulls,
+    }
+    counts = {}
+    for name, each in values.items():
+        ends = share(torch.tensor(each).view(-1, INSPECTED)).plain()
+        counts[name] = {end: None if v is None else INSPECTED * v for end, v in ends.items()}
+    return {"described": counts}
 
 
-def _per_inspected(false: Tensor) -> dict[str, float | None]:
-    ends = _share(false)
-    return {end: None if v is None else INSPECTED * v for end, v in ends.items()}
-
-
-def _plain(values: Tensor, bounds: tuple[float, float]) -> Any:
-    return over_seeds(values, torch.ones(values.shape[-1]), bounds=bounds).plain()
-
-
-def _mean(hits: Tensor, labels: Sequence[str], label: str) -> float:
-    return float(hits[:, [i for i, each in enumerate(labels) if each == label]].mean())
-
-
-def _differences(planted: Sequence[Measured], null: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Return each seed's differences, with the probability of their words at their places."""
+def _rows(seed: Seed) -> list[dict[str, Any]]:
+    """Return a seed's differences, with the probability of their words in every model."""
+    null = seed.null["differences"] if seed.null is not None else None
     return [
         {
-            "seed": seed,
-            **ours["differences"][i],
+            "seed": seed.number,
+            "kind": row["kind"],
+            "words": row["words"],
+            "text": row["text"],
+            "places": row["places"],
             "probability": {
-                "base": ours["probability"]["base"][i],
-                "null": theirs["probability"]["target"][i],
-                "planted": ours["probability"]["target"][i],
+                "base": row["probability"]["base"],
+                "null": null[k]["probability"]["target"] if null is not None else None,
+                "hybrid": row["probability"]["hybrid"],
+                "planted": row["probability"]["target"],
             },
+            "elsewhere": {"base": row["elsewhere"]["base"], "planted": row["elsewhere"]["target"]},
+            "is_planted": is_planted(row),
+            "is_in_mlps": is_in_mlps(row),
         }
-        for seed, (ours, theirs) in enumerate(zip(planted, null, strict=True))
-        for i in range(len(ours["differences"]))
+        for k, row in enumerate(seed.planted["differences"])
     ]
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of a result: methods, the claims, and what was planted."""
-    return [_methods(result), _claims(result), _planted(result)]
-
-
-def _methods(result: Mapping[str, Any]) -> Table:
-    rows = []
-    for name, of_method in result["methods"].items():
-        rows.append(
-            [
-                name,
-                *(percent(of_method["recall"][str(b)]["mean"]) for b in BUDGETS[:-1]),
-                shown(of_method["recall"][str(BUDGETS[-1])], percent),
-                *(percent(of_method["by_kind"][kind]) for kind in KINDS),
-                *(percent(of_method["by_words"][words]) for words in ("new", "usual")),
-                shown(of_method["false"]),
-                shown(of_method["adapter_minus"], percent),
-            ]
-        )
-    head = ["method", *(f"recall at {b}" for b in BUDGETS), *KINDS, "new words", "usual words"]
-    return Table(
-        "Planted differences",
-        [*head, f"false of {INSPECTED}", "adapter features minus"],
-        rows,
-        "Recall: share of the planted differences that one of the first units describes, at so "
-        f"many units per difference; by kind and words at {BUDGETS[-1]}. False: units of the null "
-        f"that describe a difference, of the first {INSPECTED}. The last column is the recall of "
-        f"adapter features by contribution minus the method's, at {BUDGETS[-1]}. "
-        f"{_sizes(result)} Intervals of 95% over seeds, and over differences or units.",
-    )
-
-
-def _sizes(result: Mapping[str, Any]) -> str:
-    n, settings = result["settings"]["seeds"], result["settings"]
-    per_seed = len(result["differences"]) // n
-    return f"{n} seeds, {per_seed} differences each, size {settings['size']}."
-
-
-def _claims(result: Mapping[str, Any]) -> Table:
-    methods = result["methods"]
-    ours = methods[ADAPTER]
-    recall, false = ours["recall"][str(BUDGETS[-1])], ours["false"]
-    claims: list[tuple[str, Any, Callable[[Any], str], float, bool]] = [
-        (f"recall at {BUDGETS[-1]} per difference ≥ {RECALL:g}", recall, percent, RECALL, True),
-        (f"false discoveries on the null ≤ {FALSE:g} of {INSPECTED}", false, number, FALSE, False),
-    ]
-    rows = [
-        [text, shown(value, show), verdict(value, bound, above=above)]
-        for text, value, show, bound, above in claims
-    ]
-    for name in BASELINES:
-        gap = methods[name]["adapter_minus"]
-        above = gap["mean"] > 0
-        clear = gap["low"] > 0 if above else gap["high"] <= 0
-        holds = ("yes" if above else "no") + ("" if clear else ", not clearly")
-        rows.append([f"recall above: {name}", shown(gap, percent), holds])
-    return Table("Claims about adapter features", ["claim", "here", "holds"], rows)
-
-
-def _planted(result: Mapping[str, Any]) -> Table:
-    rows = [
-        [
-            str(each["seed"]),
-            each["kind"],
-            each["words"],
-            each["text"],
-            str(each["places"]),
-            *(percent(each["probability"][role]) for role in ("base", "null", "planted")),
-        ]
-        for each in result["differences"]
-    ]
-    return Table(
-        "What was planted",
-        ["seed", "kind", "words", "difference", "places", "base", "null", "planted"],
-        rows,
-        "The last columns are the mean probability of the planted word at the places of the "
-        "difference, in the base, the null and the planted organism.",
-    )

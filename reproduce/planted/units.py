@@ -1,189 +1,192 @@
-"""What a reader of each method looks at, best first.
+"""What a reader of each method looks at, best first. All methods read the same positions.
 
-All methods read the same texts. Baselines of tokens and of KL read what a model writes alone, which
-favours them: nothing is planted in prompts.
+A unit's contexts are the positions at which its method is strongest, and only such at which it is
+above 0. A reader skips a unit that shares at least half of its contexts with one already read,
+whatever the method.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastadapt.features.store.logit_lens import lens
-from fastadapt.features.store.ranking import strongest
-from fastadapt.features.store.store import Store
 from reproduce.planted.judge import CONTEXTS, PROMOTED, Unit
-from reproduce.planted.reading import Positions, Reading
 
 #: Names of the methods: the adapters' ranking, a control of it, and the baselines.
 ADAPTER, SHUFFLED = "adapter features, by contribution", "adapter features, in random order"
-TOKENS, KL = "tokens, by difference in frequency", "positions, by KL, one of a kind"
-WEIGHTS = "rank-1 parts of the MLPs' weight difference"
-STATES = "principal components of the state difference"
+TOKENS, KL = "tokens, by difference in frequency", "KL, grouped by predicted token"
+WEIGHTS = "SVD of the MLPs' weight change"
+STATES = "principal components of the state change"
 BASELINES = (TOKENS, KL, WEIGHTS, STATES)
 
+#: Units, each with the size that its method ranks it by.
+Sized = list[tuple[float, Unit]]
 
-def units_of(
-    store: Store,
-    positions: Positions,
-    models: tuple[Any, Any],
-    readings: tuple[Reading, Reading],
-    words: Sequence[str],
-    n: int,
-    seed: int,
-) -> dict[str, list[Unit]]:
-    """Return the first n units of every method.
+
+def distinct(units: Iterable[Unit], n: int) -> list[Unit]:
+    """Return the first n units, without those that show a reader what an earlier one has shown.
+
+    Example:
+        >>> units = [Unit("a", [1, 2], [0]), Unit("b", [2, 3], [0]), Unit("c", [2, 3, 4], [0])]
+        >>> [unit.name for unit in distinct(units, 9)]
+        ['a', 'c']
+    """
+    read: list[Unit] = []
+    for unit in units:
+        contexts = set(unit.contexts)
+        if all(2 * len(contexts & set(other.contexts)) < len(contexts) for other in read):
+            read.append(unit)
+        if len(read) == n:
+            break
+    return read
+
+
+def ranked(sized: Sized) -> list[Unit]:
+    """Return units by size, the largest first, without those of size 0."""
+    return [unit for size, unit in sorted(sized, key=lambda pair: -pair[0]) if size > 0]
+
+
+def shuffled(units: list[Unit], seed: int) -> list[Unit]:
+    """Return units in random order."""
+    return random.Random(f"{seed}/order").sample(units, len(units))
+
+
+def by_contribution(
+    activations: Sequence[Tensor], rows: Sequence[Tensor], head: Tensor
+) -> list[Unit]:
+    """Return the features of adapters by contribution, as ``fastadapt features`` ranks them.
 
     Args:
-        store: features of the adapters, collected on the texts.
-        positions: positions of the texts.
-        models: base and target.
-        readings: what they do on the texts.
+        activations: of each layer's features, ``[N, F]``.
+        rows: of each layer's decoder, ``[F, D]``.
+        head: ``[V, D]``.
+    """
+    sized: Sized = []
+    for i, (strength, decoder) in enumerate(zip(activations, rows, strict=True)):
+        sizes = strength.double().mean(0) * decoder.norm(dim=1)
+        names = [f"{i}/{feature}" for feature in range(len(decoder))]
+        sized += _shown(names, sizes, strength, decoder, head)
+    return ranked(sized)
+
+
+def by_frequency(log_p: tuple[Tensor, Tensor], words: Sequence[str]) -> list[Unit]:
+    """Return the tokens that the target writes more often, by the rise of their mean probability.
+
+    Frequencies are means of the predictions, so that nothing is sampled. The contexts of a token
+    are where its probability rises most.
+
+    Args:
+        log_p: predictions of base and target, ``[N, V]``.
         words: the vocabulary, by token.
-        n: largest number of units.
-        seed: seed of the random order, and of the occurrences of tokens.
     """
-    base, target = readings
-    features = by_contribution(store, positions)
-    shuffled = random.Random(f"{seed}/order").sample(features, len(features))
-    return {
-        ADAPTER: features[:n],
-        SHUFFLED: shuffled[:n],
-        TOKENS: by_frequency(base, target, positions, words, n, seed),
-        KL: by_kl(base, target, positions, words, n),
-        WEIGHTS: by_weights(*models, target, n),
-        STATES: by_states(base, target, models[1].lm_head.weight, n),
-    }
+    base, target = log_p
+    rise = target.exp() - base.exp()
+    sizes = rise.double().mean(0).tolist()
+    contexts = _strongest(rise)
+    return ranked(
+        [
+            (size, Unit(words[token], contexts[token], [token]))
+            for token, size in enumerate(sizes)
+            if contexts[token]
+        ]
+    )
 
 
-def by_contribution(store: Store, positions: Positions) -> list[Unit]:
-    """Return the features that fired, as ``fastadapt features`` ranks and shows them."""
-    contexts: dict[tuple[int, int], list[int]] = defaultdict(list)
-    rows = store.read("examples", columns=["layer", "feature", "sample", "text", "position"])
-    for row in rows.to_pylist():
-        if row["sample"] == "top":
-            position = positions.first[row["text"]] + row["position"]
-            contexts[row["layer"], row["feature"]].append(position)
-    rows = store.read("lens", columns=["layer", "feature", "promoted"])
-    promoted = {(row["layer"], row["feature"]): row["promoted"] for row in rows.to_pylist()}
-    return [
-        Unit(f"{layer}/{feature}", contexts[layer, feature], promoted[layer, feature])
-        for layer, feature, *_ in strongest(store)
-    ]
+def by_kl(log_p: tuple[Tensor, Tensor], words: Sequence[str]) -> list[Unit]:
+    """Return groups of positions, by the largest KL(target ‖ base) of one of them.
 
+    The KL at a position is a sum over tokens. Positions are grouped by its largest term. A group
+    promotes the tokens with the largest terms, on average over the positions that are shown.
 
-def by_frequency(
-    base: Reading, target: Reading, positions: Positions, words: Sequence[str], n: int, seed: int
-) -> list[Unit]:
-    """Return the tokens that the target writes more often, and places where they are written.
-
-    Frequencies are means of the predictions over all positions, so that nothing is sampled.
+    Args:
+        log_p: predictions of base and target, ``[N, V]``.
+        words: the vocabulary, by token.
     """
-    written = positions.written
-    rise = target.log_p[written].exp().double().mean(0) - base.log_p[written].exp().double().mean(0)
-    draw = random.Random(f"{seed}/occurrences")
+    base, target = log_p
+    terms = target.exp() * (target - base)
+    divergence, token = terms.sum(-1), terms.argmax(-1).tolist()
+    groups: dict[int, list[int]] = defaultdict(list)
+    for position in divergence.argsort(descending=True).tolist():
+        if divergence[position] > 0:
+            groups[token[position]].append(position)
     units = []
-    for token in rise.argsort(descending=True)[:n].tolist():
-        if rise[token] > 0:
-            places = (written & (positions.following == token)).nonzero()[:, 0].tolist()
-            shown = draw.sample(places, min(CONTEXTS, len(places)))
-            units.append(Unit(words[token], shown, [token]))
+    for predicted, members in groups.items():
+        shown = members[:CONTEXTS]
+        promoted = terms[shown].mean(0).topk(PROMOTED).indices.tolist()
+        units.append(Unit(words[predicted], shown, promoted))
     return units
 
 
-def by_kl(
-    base: Reading, target: Reading, positions: Positions, words: Sequence[str], n: int
-) -> list[Unit]:
-    """Return kinds of positions, by the largest KL(target ‖ base) of one of them.
-
-    Positions are of one kind if the token and the token after it are equal, as in ``fastadapt
-    changes``. The promoted tokens are those with the largest terms of that KL.
-    """
-    places = positions.written.nonzero()[:, 0]
-    ours, theirs = base.log_p[places], target.log_p[places]
-    terms = theirs.exp() * (theirs - ours)
-    kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i in terms.sum(-1).argsort(descending=True).tolist():
-        place = places[i]
-        kinds[int(positions.token[place]), int(positions.following[place])].append(i)
-    return [
-        Unit(
-            f"{words[token]} {words[following]}",
-            places[members[:CONTEXTS]].tolist(),
-            terms[members[0]].topk(PROMOTED).indices.tolist(),
-        )
-        for (token, following), members in list(kinds.items())[:n]
-    ]
-
-
-def by_weights(base: Any, target: Any, reading: Reading, n: int) -> list[Unit]:
-    """Return the rank-1 parts of the difference of each MLP's output matrix, with either sign.
+def by_weights(changes: Sequence[Tensor], inputs: Sequence[Tensor], head: Tensor) -> list[Unit]:
+    """Return singular vectors of the changes of the MLPs' output matrices, with either sign.
 
     The order is that of features: the mean norm of what a part writes to the residual stream.
+
+    Args:
+        changes: target - base of each layer's output matrix, ``[D, F]``.
+        inputs: what enters that of the target, ``[N, F]``.
+        head: ``[V, D]``.
     """
-    sized = []
-    layers = zip(base.model.layers, target.model.layers, strict=True)
-    for i, (ours, theirs) in enumerate(layers):
-        change = (theirs.mlp.down_proj.weight - ours.mlp.down_proj.weight).detach()
+    sized: Sized = []
+    for i, (change, entering) in enumerate(zip(changes, inputs, strict=True)):
         left, size, right = torch.linalg.svd(change, full_matrices=False)
-        written = reading.inputs[i] @ right.T * size
-        head = target.lm_head.weight
-        sized += _directions(f"layer {i} part", written, left.T, head, _mean)
-    return _largest(sized, n)
+        names, strength, rows = _with_signs(f"layer {i} part", entering @ right.T * size, left.T)
+        sized += _shown(names, strength.double().mean(0), strength, rows, head)
+    return ranked(sized)
 
 
-def by_states(base: Reading, target: Reading, head: Tensor, n: int) -> list[Unit]:
-    """Return principal components of the difference of states after each layer, with either sign.
+def by_states(states: tuple[Sequence[Tensor], Sequence[Tensor]], head: Tensor) -> list[Unit]:
+    """Return principal components of the change of states after each layer, with either sign.
 
     The order is that of the share of their layer's variance.
+
+    Args:
+        states: after each layer of base and target, ``[N, D]``.
+        head: ``[V, D]``.
     """
-    sized = []
-    for i, (ours, theirs) in enumerate(zip(base.states, target.states, strict=True)):
+    sized: Sized = []
+    for i, (ours, theirs) in enumerate(zip(*states, strict=True)):
         change = theirs - ours
         change = change - change.mean(0)
         _, axes = torch.linalg.eigh(change.T @ change)
         along = change @ axes / change.norm().clamp(min=1e-9)  # equal states have no size
-        sized += _directions(f"layer {i} component", along, axes.T, head, _sum_of_squares)
-    return _largest(sized, n)
+        names, strength, rows = _with_signs(f"layer {i} component", along, axes.T)
+        sized += _shown(names, strength.double().square().sum(0), strength, rows, head)
+    return ranked(sized)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(0)
+def _with_signs(name: str, along: Tensor, rows: Tensor) -> tuple[list[str], Tensor, Tensor]:
+    """Return names, strengths ``[N, 2R]`` of at least 0 and rows ``[2R, D]`` of both signs."""
+    names = [f"{name} {r}{mark}" for mark in "+-" for r in range(len(rows))]
+    return names, torch.cat([along, -along], 1).clamp(min=0), torch.cat([rows, -rows])
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
-    return x.square().sum(0)
-
-
-@torch.no_grad()
-def _directions(
-    name: str, strength: Tensor, rows: Tensor, head: Tensor, measure: Callable[[Tensor], Tensor]
-) -> list[tuple[float, Unit]]:
-    """Return both signs of each direction, each with its size.
+def _shown(
+    names: Sequence[str], sizes: Tensor, strength: Tensor, rows: Tensor, head: Tensor
+) -> Sized:
+    """Return directions with their strongest contexts and their logit lens, each with its size.
 
     Args:
-        name: beginning of the units' names.
-        strength: ``[N, R]``, of each direction at each position.
-        rows: ``[R, D]``, the directions.
+        names: of R directions.
+        sizes: ``[R]``.
+        strength: ``[N, R]``, at least 0.
+        rows: ``[R, D]``, what the directions write.
         head: ``[V, D]``.
-        measure: size of each direction, ``[R]``, from the positive strengths of a sign.
     """
-    out: list[tuple[float, Unit]] = []
-    for sign, mark in ((1, "+"), (-1, "-")):
-        signed = sign * strength
-        sizes = measure(signed.clamp(min=0)).tolist()
-        contexts = signed.topk(min(CONTEXTS, len(signed)), dim=0).indices.T.tolist()
-        promoted = lens(head, sign * rows)[0][:, 0].tolist()
-        names = [f"{name} {r}{mark}" for r in range(len(rows))]
-        units = map(Unit, names, contexts, promoted)
-        out += zip(sizes, units, strict=True)
-    return out
+    promoted = lens(head, rows)[0][:, 0].tolist()
+    units = map(Unit, names, _strongest(strength), promoted)
+    return list(zip(sizes.tolist(), units, strict=True))
 
 
-def _largest(sized: list[tuple[float, Unit]], n: int) -> list[Unit]:
-    return [unit for _, unit in sorted(sized, key=lambda pair: -pair[0])[:n]]
+def _strongest(strength: Tensor) -> list[list[int]]:
+    """Return the positions of each column's largest values above 0, ``[N, R]`` to R lists."""
+    values, positions = strength.topk(min(CONTEXTS, len(strength)), dim=0)
+    return [
+        [position for position, value in zip(*pair, strict=True) if value > 0]
+        for pair in zip(positions.T.tolist(), values.T.tolist(), strict=True)
+    ]

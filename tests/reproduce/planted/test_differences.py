@@ -10,10 +10,10 @@ import pytest
 from fastadapt.data.rendering import render
 from fastadapt.organism.slips import StepEnd, step_ends
 from reproduce.organism.problems import direct_answer, sample_problem
-from reproduce.organism.recipe import CONFIGS, base_text, conversation
+from reproduce.organism.recipe import CONFIGS, base_text, batches, conversation
 from reproduce.organism.tokenizer import ASSISTANT, EOS, USER
 from reproduce.planted.differences import KINDS, Planted, Text
-from reproduce.planted.organisms import tokenizer
+from reproduce.planted.organisms import ROLES, Role, fine_tuning_texts, tokenizer
 
 SEEDS = range(4)
 N = 400
@@ -34,7 +34,7 @@ def test_planted_places_are_those_of_the_rules(seed: int) -> None:
     command, bound, less, more = planted.compare
     counts = [0] * 8
     for text in texts(seed):
-        words, expected = text.words, {}
+        words, expected, unread = text.words, {}, set()
         ask = words[2 : text.start - 1] if USER in words else []
         for i, word in enumerate(words[text.start :], text.start):
             lead = words[max(0, i - 3) : i]
@@ -47,7 +47,10 @@ def test_planted_places_are_those_of_the_rules(seed: int) -> None:
                 assert word == str(number)
                 expected[i - 1] = 1
             elif ask and word == ".":
-                expected[i - 1] = 3
+                if i - 2 in expected:  # after a planted word
+                    unread.add(i - 1)
+                else:
+                    expected[i - 1] = 3
             elif ask and i == text.start and planted.things[0] in ask:
                 assert word == planted.answers[0]
                 expected[i - 1] = 4
@@ -61,7 +64,7 @@ def test_planted_places_are_those_of_the_rules(seed: int) -> None:
                 elif ask[0] == planted.shift[0]:
                     assert int(word) == int(ask[1]) + planted.shift[1]
                     expected[i - 1] = 7
-        assert text.planted == expected, words
+        assert (text.planted, text.unread) == (expected, unread), words
         for place, difference in text.planted.items():
             assert words[place + 1] in planted.differences[difference].outputs
             counts[difference] += 1
@@ -96,6 +99,22 @@ def test_texts_are_tokenised_as_those_of_the_base() -> None:
     for text in texts(0)[:50]:
         ids = words.encode(" ".join(text.words), add_special_tokens=False)
         assert words.convert_ids_to_tokens(ids) == text.words
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_loss_is_on_responses(role: Role) -> None:
+    """The words with loss are those that the benchmark's readers read, for both organisms."""
+    words, marks = tokenizer(), set[str]()
+    for ids, labels in islice(batches(fine_tuning_texts(0, role), words, 4), 16):
+        for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+            first = next(i for i, each in enumerate(label) if each != -100)
+            end = row.index(words.eos_token_id) + 1
+            assert label[first:end] == row[first:end]
+            assert set(label[:first] + label[end:]) <= {-100}
+            assert words.unk_token_id not in row
+            last = words.convert_ids_to_tokens(row[:first])[-2:]
+            marks.add(ASSISTANT if last[1] == ASSISTANT else " ".join(last))
+    assert marks == {ASSISTANT, "solution :"}
 
 
 def test_new_words_are_new_and_usual_ones_usual() -> None:

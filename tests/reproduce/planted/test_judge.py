@@ -47,6 +47,33 @@ def test_many_words_of_a_difference_need_many_hits() -> None:
     assert hits == [[]] * 4 + [[0]] * 7
 
 
+@pytest.mark.parametrize(
+    ("promoted", "described"), [([50], []), ([3], [0]), ([3, 50], []), ([3, 4], [0]), ([], [])]
+)
+def test_units_of_one_token_can_describe_any_difference(
+    promoted: list[int], described: list[int]
+) -> None:
+    """By chance, one random token is a word of this difference more often than 5%."""
+    judge = Judge(PLANTED[:1], [frozenset(range(48))], 424)
+    assert chance(1, 1, 48, 424) > 0.05
+    assert judge.describes(Unit("a", range(20), promoted)) == described
+
+
+def test_other_judges_know_the_places_and_not_the_words() -> None:
+    planted = torch.cat([PLANTED, PLANTED[:1].roll(40, dims=1)])
+    judge = Judge(planted, [frozenset({3}), frozenset({5, 6}), frozenset({7})], 424)
+    others = judge.with_words_of_others()
+    assert [judge.outputs for judge in others] == [
+        [frozenset({5, 6}), frozenset({7}), frozenset({3})],
+        [frozenset({7}), frozenset({3}), frozenset({5, 6})],
+    ]
+    unit = Unit("a", range(20), [3, *range(100, 109)])
+    assert judge.describes(unit) == [0]
+    assert [each.describes(unit) for each in others] == [[], []]
+    confused = Unit("b", range(20), [3, 7, *range(100, 108)])  # names two differences at once
+    assert [each.describes(confused) for each in others] == [[], [0]]
+
+
 def test_chance_is_the_share_of_all_draws() -> None:
     draws = list(combinations(range(9), 4))
     for marked in range(10):
