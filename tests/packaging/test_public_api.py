@@ -81,8 +81,9 @@ def public_modules() -> list[str]:
     """Return ``fastadapt`` and the modules of ``fastadapt.kernels`` that have ``__all__``."""
     import fastadapt.kernels
 
-    modules = sorted(each.name for each in pkgutil.iter_modules(fastadapt.kernels.__path__))
-    names = [f"fastadapt.kernels.{name}" for name in modules]
+    modules = {each.name for each in pkgutil.iter_modules(fastadapt.kernels.__path__)}
+    modules |= {path.parent.name for path in ROOT.glob("kernels/*/__init__.py")}  # mapped folders
+    names = [f"fastadapt.kernels.{name}" for name in sorted(modules)]
     return ["fastadapt", *(name for name in names if hasattr(import_module(name), "__all__"))]
 
 
