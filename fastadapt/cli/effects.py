@@ -182,6 +182,8 @@ def trace(
         print(
             "\nA KL is followed by the model's most likely next token unless it is the target's.\n"
         )
+        for note in traced.notes.values():
+            print(f"{note}\n")
         print_table(*means)
         print()
         print_table(*features, left=True)

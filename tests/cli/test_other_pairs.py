@@ -76,6 +76,18 @@ def test_a_target_with_added_tokens(
     assert ("The base is not measured" in result["notes"]["base"]) != measured
     assert result["notes"]["base"] in outcome.out
 
+    for prompt, named in (
+        ("w1 w2", ["base", "hybrid", "adapter"]),
+        ("<t3>", ["hybrid", "adapter"]),
+    ):
+        command = ("trace", run, prompt, "--plain", "--max_new_tokens", 0)
+        outcome = fastadapt(*command, "--json")
+        assert outcome.code == 0, outcome.err
+        traced = json.loads(outcome.out)
+        assert list(traced["kl"]) == named
+        assert ("is not measured" in traced["notes"]["base"]) == ("base" not in named)
+        assert traced["notes"]["base"] in fastadapt(*command).out
+
     model = load_run(run).model
     ids = torch.tensor([[7, 8, 66, 9]])
     with torch.no_grad():
