@@ -243,6 +243,9 @@ def generate(
     loaded = _load(run, dtype, device, trust_remote_code)
     factors = factors_of(loaded, without, scale)
     ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
+    obstacle = loaded.models.base_obstacle(ids) if "base" in settings.models else None
+    if obstacle is not None:
+        say(f"note: the base cannot read this prompt as the target does: {obstacle}")
     responses = generate_responses(loaded, ids, settings, factors)
     if json:
         print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
@@ -281,6 +284,8 @@ def changes(
     if measured is None:
         print("Stopped; nothing was written.")
         return 0
+    for note in measured["notes"]:
+        say(note)
     page = write_changes(folder, measured, folder.resolve().name)
     kl = measured["kl"]
     print(

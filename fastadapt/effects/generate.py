@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from fastadapt.data.tokens import check_ids
 from fastadapt.effects.requests import RUN
 from fastadapt.effects.trace import ADAPTER, COMPARED
 from fastadapt.errors import UserError
 from fastadapt.evaluation.generation.responses import Request
-from fastadapt.evaluation.generation.sampling import SamplingConfig, sample
+from fastadapt.evaluation.generation.sampling import SamplingConfig, sample, vocabulary_of
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair
 from fastadapt.interventions import scale_features
@@ -118,6 +119,8 @@ def generate_all(
             run.models.generating(RUN if name == ADAPTER else name) as model,
             scaled or nullcontext(),
         ):
+            for prompt in filter(None, prompts):
+                check_ids(prompt, vocabulary_of(model), f"{name}: prompt")
             sampled = sample(model, run.pair.tokenizer, requests, config.sampling())
         for responses, each in zip(by_prompt, sampled.responses, strict=True):
             responses.append(Generated(name, each.tokens, each.text, each.finish))
