@@ -62,7 +62,7 @@ def by_hand(models: ModelSet, texts: Sequence[Text]) -> tuple[torch.Tensor, torc
         n = min(z.shape[-1], y.shape[-1])
         p, q = z[:, :n].log_softmax(-1), y[:, :n].log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
-        agrees.append(z.argmax(-1) == y[:, :n].argmax(-1))
+        agrees.append(z.argmax(-1) == y.argmax(-1))
     return torch.cat(kl), torch.cat(agrees)
 
 
