@@ -16,9 +16,7 @@ from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.io.names import has_file
 from fastadapt.models.trained_files import read_adapters
-from fastadapt.training.config import load_config
 
 RUN = "run"  # name of the run in RunContents.models
 
@@ -115,8 +113,8 @@ def _family(models: ModelSet) -> Spec | None:
 
 def _markers(models: ModelSet) -> Markers:
     """Return the run's ``data.markers``; ``text`` for a folder of adapters without settings."""
-    path = _run_folder(models) / "config.yaml"
-    return load_config(path).data.markers if has_file(path) else "text"
+    recorded = held_out(_run_folder(models))
+    return recorded.markers if recorded else "text"
 
 
 def check_text(models: ModelSet, ids: Sequence[int]) -> None:

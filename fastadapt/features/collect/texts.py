@@ -27,7 +27,7 @@ from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendered import Rendered, Spec
 from fastadapt.data.sources import Policy
 from fastadapt.data.tokenised import RowTokeniser
-from fastadapt.data.tokens import Encoded
+from fastadapt.data.tokens import Encoded, Markers
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
 from fastadapt.features.collect.feature_stats import SLOTS, BatchTokens
@@ -53,7 +53,7 @@ class Source:
         family: chat format, see :func:`fastadapt.data.rendering.get_form`.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
-        subset, columns, bad_rows: see :class:`fastadapt.data.sequences.DataConfig`.
+        subset, columns, bad_rows, markers: see :class:`fastadapt.data.sequences.DataConfig`.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Source:
     subset: str | None = None
     columns: str | None = None
     bad_rows: Policy = "stop"
+    markers: Markers = "text"
 
     def read_as(self) -> sources.Source:
         """Return the data as a source of :mod:`fastadapt.data`, with settings for reading them."""
@@ -75,8 +76,8 @@ class Source:
         """Return the SHA-256 of all settings, and of the contents of local files."""
         files = sources.find_files(resolve(self.name), self.split, self.subset)
         settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
-        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
-            if settings[name] == default:
+        for name in ("subset", "columns", "bad_rows", "markers"):
+            if settings[name] == getattr(type(self), name):
                 del settings[name]  # as in collections of earlier versions
         if files is not None:
             layout, _ = sources.read_contents(self.read_as(), bad=sources.BadRows("skip"))
@@ -126,7 +127,7 @@ def prepare(
         UserError: the source cannot be read, a conversation is malformed, or the conversations of
             all shards have too many domains.
     """
-    tokeniser = RowTokeniser(tokenizer, source.family, offsets=True)
+    tokeniser = RowTokeniser(tokenizer, source.family, markers=source.markers, offsets=True)
     bad = sources.BadRows(source.bad_rows)
     _, rows = sources.read_contents(source.read_as(), optional=["domain"], bad=bad)
     read = too_long = texts = tokens = with_markers = 0
