@@ -63,9 +63,9 @@ class Layout:
 
     @property
     def system_columns(self) -> tuple[str, ...]:
-        """Columns of system turns beside conversations, which earlier versions did not read."""
-        if self.kind != "conversation":
-            return ()
+        """Columns of system turns beside turns, which earlier versions did not read."""
+        if self.kind != "conversation" and INPUT in (*self.columns, *self.beside):
+            return ()  # a prompt and a response that are text
         return tuple(name for name in self.beside if name in self.names)
 
     def unread(self, *, significant: bool = False) -> list[str]:

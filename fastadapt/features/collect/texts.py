@@ -23,6 +23,7 @@ import torch
 from fastadapt.batch import Batch
 from fastadapt.data import sources
 from fastadapt.data.batches import batch_by_length, collate_whole
+from fastadapt.data.hub import commit_of, load_hub
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendered import Rendered, Spec
 from fastadapt.data.sources import Policy
@@ -73,16 +74,19 @@ class Source:
         return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all settings, and of the contents of local files."""
+        """Return the SHA-256 of all settings, and of local files or of the commit on the hub."""
         files = sources.find_files(resolve(self.name), self.split, self.subset)
         settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
         for name in ("subset", "columns", "bad_rows", "markers"):
             if settings[name] == getattr(type(self), name):
                 del settings[name]  # as in collections of earlier versions
-        if files is not None:
-            layout, _ = sources.read_contents(self.read_as(), bad=sources.BadRows("skip"))
-            if layout is not None and layout.system_columns:
-                settings["system_columns"] = layout.system_columns
+        read_as = self.read_as()
+        layout, _ = sources.read_contents(read_as, bad=sources.BadRows("skip"))
+        if layout is not None and layout.system_columns:
+            settings["system_columns"] = layout.system_columns
+        if files is None:
+            rows = load_hub(read_as.name, self.subset, self.split, self.revision)
+            settings["commit"] = commit_of(rows)
         sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in files or ():
             sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
