@@ -191,10 +191,11 @@ def trace(
 
 
 def _load(run: str, dtype: str | None, device: str | None, trust: bool) -> LoadedRun:
+    from fastadapt.effects.requests import RUN
     from fastadapt.effects.run import load
 
     loaded = load(run, dtype=dtype, device=device, trust_remote_code=trust)
-    if not loaded.model.n_features:
+    if loaded.models.compared[RUN].kind != "transcoder":
         raise UserError(f"{run}: this run trained no transcoders, so it has no features")
     return loaded
 
@@ -242,6 +243,7 @@ def generate(
     )
     loaded = _load(run, dtype, device, trust_remote_code)
     factors = factors_of(loaded, without, scale)
+    settings.check_factors(factors)
     ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
     obstacle = loaded.models.base_obstacle(ids) if "base" in settings.models else None
     if obstacle is not None:

@@ -45,6 +45,14 @@ class GenerateConfig:
                 raise UserError(f"--models: expected any of {', '.join(MODELS)}, got {name!r}")
         self.sampling()
 
+    def check_factors(self, factors: Mapping[Pair, float]) -> None:
+        """Raise ``UserError`` for factors of features if ``adapter`` does not generate."""
+        if factors and ADAPTER not in self.models:
+            raise UserError(
+                f"--without and --scale change features of the model {ADAPTER}; expected it among "
+                f"--models, got {', '.join(self.models)}"
+            )
+
     def sampling(self) -> SamplingConfig:
         """Return the settings of the sampler. A response that repeats itself is not cut."""
         return SamplingConfig(
@@ -105,11 +113,7 @@ def generate_all(
 ) -> list[list[Generated]]:
     """Generate a response to each prompt with each model, see :func:`generate`."""
     config = config or GenerateConfig()
-    if factors and ADAPTER not in config.models:
-        raise UserError(
-            f"--without and --scale change features of the model {ADAPTER}; expected it among "
-            f"--models, got {', '.join(config.models)}"
-        )
+    config.check_factors(factors or {})
     requests = [Request(f"prompt {i}", tuple(prompt)) for i, prompt in enumerate(prompts)]
     by_prompt: list[list[Generated]] = [[] for _ in prompts]
     for name in config.models:
