@@ -232,6 +232,43 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cached_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
+    """``cached_dataset(name, commit, rows)``: a hub's dataset in a cache; returns its folder."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    from fastadapt.data.hub import load_hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def save(name: str, commit: str, rows: list[dict[str, Any]], config: str = "default") -> Path:
+        load_hub.cache_clear()
+        folder = tmp_path / "cache" / name.replace("/", "___") / config / "0.0.0" / commit
+        folder.mkdir(parents=True)
+        features = datasets.Dataset.from_list(rows).features
+        file = name.split("/")[-1] + "-train.arrow"
+        with ArrowWriter(path=str(folder / file), features=features) as writer:
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+        split = {"name": "train", "num_examples": len(rows), "num_bytes": 1}
+        datasets.DatasetInfo(
+            features=features,
+            config_name=config,
+            dataset_name=name.split("/")[-1],
+            builder_name="json",
+            version="0.0.0",
+            splits=[{**split, "dataset_name": name.split("/")[-1]}],
+        ).write_to_directory(str(folder))
+        return folder
+
+    yield save
+    load_hub.cache_clear()
+
+
+@pytest.fixture
 def save_model(tmp_path: Path) -> Callable[..., str]:
     """``save_model(name, seed, **config changes)``: a tiny checkpoint with a tokenizer on disk."""
     from tokenizers import Tokenizer, models, pre_tokenizers

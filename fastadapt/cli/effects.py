@@ -182,6 +182,8 @@ def trace(
         print(
             "\nA KL is followed by the model's most likely next token unless it is the target's.\n"
         )
+        for note in traced.notes.values():
+            print(f"{note}\n")
         print_table(*means)
         print()
         print_table(*features, left=True)
@@ -189,10 +191,11 @@ def trace(
 
 
 def _load(run: str, dtype: str | None, device: str | None, trust: bool) -> LoadedRun:
+    from fastadapt.effects.requests import RUN
     from fastadapt.effects.run import load
 
     loaded = load(run, dtype=dtype, device=device, trust_remote_code=trust)
-    if not loaded.model.n_features:
+    if loaded.models.compared[RUN].kind != "transcoder":
         raise UserError(f"{run}: this run trained no transcoders, so it has no features")
     return loaded
 
@@ -240,7 +243,11 @@ def generate(
     )
     loaded = _load(run, dtype, device, trust_remote_code)
     factors = factors_of(loaded, without, scale)
+    settings.check_factors(factors)
     ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
+    obstacle = loaded.models.base_obstacle(ids) if "base" in settings.models else None
+    if obstacle is not None:
+        say(f"note: the base cannot read this prompt as the target does: {obstacle}")
     responses = generate_responses(loaded, ids, settings, factors)
     if json:
         print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
@@ -279,6 +286,8 @@ def changes(
     if measured is None:
         print("Stopped; nothing was written.")
         return 0
+    for note in measured["notes"]:
+        say(note)
     page = write_changes(folder, measured, folder.resolve().name)
     kl = measured["kl"]
     print(

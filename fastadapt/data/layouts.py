@@ -29,10 +29,10 @@ PROMPTS = ("prompt", "instruction", "question", "query", "problem")
 RESPONSES = ("response", "completion", "output", "answer", "solution")
 TEXTS = ("text", "content")
 IDS = ("input_ids", "tokens")
-#: Columns that go with a prompt: more of the user's words. With turns too: the system's words.
+#: Columns that go with a prompt's text: more of the user's words. With turns too: the system's.
 INPUT, SYSTEMS = "input", ("system", "system_prompt")
 #: Columns, and keys of turns, that some programs read as a part of the text or of its labels.
-SIGNIFICANT = (*SYSTEMS, "tools", "functions", "history", "documents", "labels", "loss_mask")
+SIGNIFICANT = (INPUT, *SYSTEMS, "tools", "functions", "history", "documents", "labels", "loss_mask")
 SIGNIFICANT_KEYS = ("weight", "train", "loss")
 #: Rows from which the columns are recognised.
 PEEKED = 20
@@ -63,9 +63,9 @@ class Layout:
 
     @property
     def system_columns(self) -> tuple[str, ...]:
-        """Columns of system turns beside conversations, which earlier versions did not read."""
-        if self.kind != "conversation":
-            return ()
+        """Columns of system turns beside turns, which earlier versions did not read."""
+        if self.kind != "conversation" and INPUT in (*self.columns, *self.beside):
+            return ()  # a prompt and a response that are text
         return tuple(name for name in self.beside if name in self.names)
 
     def unread(self, *, significant: bool = False) -> list[str]:
@@ -201,11 +201,16 @@ def _recognised(examples: Mapping[str, Any], where: str) -> Layout:
 
 def _pairs(names: Mapping[str, Any]) -> list[Layout]:
     return [
-        Layout("prompt and response", (prompt, response), (INPUT, *SYSTEMS))
+        Layout("prompt and response", (prompt, response), _beside(names[prompt]))
         for prompt in PROMPTS
         for response in RESPONSES
         if prompt in names and response in names
     ]
+
+
+def _beside(prompt: Any) -> tuple[str, ...]:
+    """Return the columns that may go with a prompt: with turns, those of system turns alone."""
+    return SYSTEMS if is_list(prompt) and not are_parts(prompt) else (INPUT, *SYSTEMS)
 
 
 def _systems(examples: Mapping[str, Any]) -> tuple[str, ...]:
@@ -234,7 +239,7 @@ def _chosen(columns: str, examples: Mapping[str, Any], where: str) -> Layout:
     if len(chosen) == 2:
         if chosen[0] in SYSTEMS and is_list(examples[chosen[1]]):
             return Layout("conversation", chosen[1:], chosen[:1])
-        beside = tuple(n for n in (INPUT, *SYSTEMS) if n not in chosen)
+        beside = tuple(n for n in _beside(examples[chosen[0]]) if n not in chosen)
         return Layout("prompt and response", chosen, beside)
     example = examples[chosen[0]]
     if isinstance(example, str):

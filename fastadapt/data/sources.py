@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastadapt.data.formats import (
     read_files,
     require_columns,
 )
+from fastadapt.data.hub import load_hub
 from fastadapt.data.layouts import PEEKED, Layout, find_layout
 from fastadapt.errors import UserError
 from fastadapt.io.documents import read_json
@@ -315,40 +315,11 @@ def _split_name(path: Path) -> str:
 def _read_hub(
     source: Source, required: Sequence[str], optional: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    name, split, revision = source.name, source.split, source.revision
-    subset = () if source.subset is None else (source.subset,)
-    with reading_hub(name, split, revision):
-        rows = datasets.load_dataset(name, *subset, split=split, revision=revision)
+    name, split = source.name, source.split
+    rows = load_hub(name, source.subset, split, source.revision)
     require_columns(rows.column_names, required, f"{name} ({split})")
     if optional is not None:
         columns = [*required, *(column for column in optional if column in rows.column_names)]
         rows = rows.select_columns(columns)
     for number, row in enumerate(rows):
         yield f"{name} ({split}), row {number}", row
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """Return the errors with which the hub's client and ``datasets`` fail to read from the hub."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    # Without a connection: an HTTPError of the hub's HTTP client, or an OSError of datasets.
-    client: tuple[type[Exception], ...] = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled)
-    return (*client, datasets.exceptions.DatasetsError, OSError)
-
-
-@contextmanager
-def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
-    """Raise errors of the hub and of ``datasets`` while opening a dataset as ``UserError``."""
-    # ValueError: an unknown split, or a dataset with several configurations
-    failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
-    try:
-        yield
-    except failures as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data source {name!r}: no such file or folder, and loading a dataset of this name "
-            f"from the hub (split {split!r}, revision {revision or 'main'!r}) failed: {reason}"
-        ) from None

@@ -116,7 +116,7 @@ def changes(
             progress("texts", done, len(texts))
         if stop is not None and stop.is_set():
             return None
-    responses = _responses(run, texts[: config.prompts], config)
+    responses, notes = _responses(run, texts[: config.prompts], config)
     return {
         "adapter": run.store.manifest["adapter"],
         "settings": asdict(config),
@@ -130,6 +130,7 @@ def changes(
             for place, count in sums.places(run, texts, config.positions)
         ],
         "responses": responses,
+        "notes": notes,
     }
 
 
@@ -241,14 +242,20 @@ def _likely(run: RunContents, name: str, ids: Sequence[int]) -> list[tuple[str, 
 
 def _responses(
     run: RunContents, texts: Sequence[Text], config: ChangesConfig
-) -> list[dict[str, Any]]:
-    """Return models' likeliest responses to the texts' prompts, and where they leave the target."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return models' likeliest responses to the texts' prompts, and where they leave the target.
+
+    A base that cannot read the prompts is left out, and the notes say so.
+    """
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
     opening = opening_ids(run.models, config.prefill)
     prompts = [[*ids, *opening] for ids in prompts if ids]
     if not prompts:
-        return []
-    settings = GenerateConfig(MODELS, max_new_tokens=config.max_new_tokens)
+        return [], []
+    obstacle = run.models.base_obstacle(i for ids in prompts for i in ids)
+    notes = [] if obstacle is None else [f"The base does not respond: {obstacle}."]
+    names = tuple(name for name in MODELS if obstacle is None or name != "base")
+    settings = GenerateConfig(names, max_new_tokens=config.max_new_tokens)
     tokenizer = run.pair.tokenizer
 
     def shown(ids: Sequence[int]) -> str:
@@ -268,7 +275,7 @@ def _responses(
                 "finish": each.finish,
             }
         out.append({"prompt": shown(ids), "models": models})
-    return out
+    return out, notes
 
 
 def _prompt_length(text: Text) -> int:

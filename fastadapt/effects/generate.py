@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from fastadapt.data.tokens import check_ids
 from fastadapt.effects.requests import RUN
 from fastadapt.effects.trace import ADAPTER, COMPARED
 from fastadapt.errors import UserError
 from fastadapt.evaluation.generation.responses import Request
-from fastadapt.evaluation.generation.sampling import SamplingConfig, sample
+from fastadapt.evaluation.generation.sampling import SamplingConfig, sample, vocabulary_of
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair
 from fastadapt.interventions import scale_features
@@ -43,6 +44,14 @@ class GenerateConfig:
             if name not in MODELS:
                 raise UserError(f"--models: expected any of {', '.join(MODELS)}, got {name!r}")
         self.sampling()
+
+    def check_factors(self, factors: Mapping[Pair, float]) -> None:
+        """Raise ``UserError`` for factors of features if ``adapter`` does not generate."""
+        if factors and ADAPTER not in self.models:
+            raise UserError(
+                f"--without and --scale change features of the model {ADAPTER}; expected it among "
+                f"--models, got {', '.join(self.models)}"
+            )
 
     def sampling(self) -> SamplingConfig:
         """Return the settings of the sampler. A response that repeats itself is not cut."""
@@ -104,11 +113,7 @@ def generate_all(
 ) -> list[list[Generated]]:
     """Generate a response to each prompt with each model, see :func:`generate`."""
     config = config or GenerateConfig()
-    if factors and ADAPTER not in config.models:
-        raise UserError(
-            f"--without and --scale change features of the model {ADAPTER}; expected it among "
-            f"--models, got {', '.join(config.models)}"
-        )
+    config.check_factors(factors or {})
     requests = [Request(f"prompt {i}", tuple(prompt)) for i, prompt in enumerate(prompts)]
     by_prompt: list[list[Generated]] = [[] for _ in prompts]
     for name in config.models:
@@ -118,6 +123,8 @@ def generate_all(
             run.models.generating(RUN if name == ADAPTER else name) as model,
             scaled or nullcontext(),
         ):
+            for prompt in filter(None, prompts):
+                check_ids(prompt, vocabulary_of(model), f"{name}: prompt")
             sampled = sample(model, run.pair.tokenizer, requests, config.sampling())
         for responses, each in zip(by_prompt, sampled.responses, strict=True):
             responses.append(Generated(name, each.tokens, each.text, each.finish))

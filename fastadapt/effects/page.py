@@ -44,6 +44,7 @@ def write_changes(folder: Path, changes: Mapping[str, Any], name: str) -> Path:
             features=_features(changes),
             disagreements=[_disagreement(each) for each in changes["disagreements"]],
             responses=changes["responses"],
+            notes=changes["notes"],
         )
     return page
 

@@ -16,9 +16,8 @@ from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.io.names import has_file
+from fastadapt.interventions import check_exists
 from fastadapt.models.trained_files import read_adapters
-from fastadapt.training.config import load_config
 
 RUN = "run"  # name of the run in RunContents.models
 
@@ -115,8 +114,8 @@ def _family(models: ModelSet) -> Spec | None:
 
 def _markers(models: ModelSet) -> Markers:
     """Return the run's ``data.markers``; ``text`` for a folder of adapters without settings."""
-    path = _run_folder(models) / "config.yaml"
-    return load_config(path).data.markers if has_file(path) else "text"
+    recorded = held_out(_run_folder(models))
+    return recorded.markers if recorded else "text"
 
 
 def check_text(models: ModelSet, ids: Sequence[int]) -> None:
@@ -133,7 +132,7 @@ def check_text(models: ModelSet, ids: Sequence[int]) -> None:
 def factors_of(
     run: RunContents, without: Sequence[str] = (), scale: Sequence[str] = ()
 ) -> dict[Pair, float]:
-    """Return the factor of each feature that a request scales.
+    """Return the factor of each feature that a request scales. No weights are read.
 
     Args:
         run: the run.
@@ -143,14 +142,17 @@ def factors_of(
 
     Raises:
         UserError: a text is none of these, a set does not exist or is of other adapters, or a
-            feature is scaled twice.
+            feature does not exist or is scaled twice.
     """
+    card = read_adapters(run.models.folder(RUN))[1]
     requests = [(name, 0.0) for name in without] + [_scale(text) for text in scale]
     factors: dict[Pair, float] = {}
     for name, factor in requests:
         for pair in _features(run, name):
             if pair in factors:
                 raise UserError(f"feature {pair[0]}/{pair[1]} is scaled twice; name it once")
+            if "adapter" in card:
+                check_exists(pair, card["n_layers"], card["adapter"].features)
             factors[pair] = factor
     return factors
 

@@ -149,6 +149,7 @@ class LoadedRun(RunContents):
         )
         scaled = [f"{_name(key)}={float(factor)!r}" for key, factor in (scale or {}).items()]
         factors = factors_of(self, without, scaled)
+        config.check_factors(factors)
         return Responses(generate(self, self._ids(prompt, plain, prefill), config, factors))
 
     def kl(self, text: Text, *, plain: bool = True, base: bool = False) -> TextKL:

@@ -9,7 +9,7 @@ T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Trace:
             probability.
         kl: by model of ``COMPARED``: KL(target ‖ model) of the next token, in nats.
         fires: active features, the largest contribution first; none without transcoders.
+        notes: sentences about models that are left out, or compared over the tokens that they
+            share with the target, by name.
     """
 
     ids: list[int]
@@ -64,6 +66,7 @@ class Trace:
     predicted: dict[str, list[tuple[str, float]]]
     kl: dict[str, list[float]]
     fires: list[list[Firing]]
+    notes: dict[str, str] = field(default_factory=dict)
 
     def totals(self) -> list[Firing]:
         """Return one entry per feature that fires; see :func:`totals`."""
@@ -105,7 +108,8 @@ def trace(
         run: the run, see :func:`fastadapt.load`.
         ids: tokens of the text.
         prompt_length: number of tokens of the prompt; all by default.
-        base: load the base as a whole model and compare it, too.
+        base: load the base as a whole model and compare it, too. A base that cannot read the text
+            is left out, with a note.
 
     Raises:
         UserError: the text has no token, or is longer than the context.
@@ -120,16 +124,20 @@ def trace(
     if not ids:
         raise UserError("expected a text of at least one token, got none")
     check_text(run.models, ids)
+    compared = [
+        name for name in COMPARED if name != "base" or (base and run.models.reads_base(ids))
+    ]
     target = logits_of(run.models, "target", ids)
     kl, predicted = {}, {"target": _most_likely(run, target)}
-    for name in COMPARED if base else COMPARED[1:]:
+    for name in compared:
         logits = logits_of(run.models, name, ids)
         kl[name] = divergences(target, logits).tolist()
         predicted[name] = _most_likely(run, logits)
     length = len(ids) if prompt_length is None else prompt_length
     texts = strings_of(run.pair.tokenizer, list(ids))
     fires: list[list[Firing]] = firings(run, ids) if run.model.n_features else [[] for _ in ids]
-    return Trace(list(ids), texts, length, predicted, kl, fires)
+    notes = {name: note for name, note in run.models.notes.items() if base and name == "base"}
+    return Trace(list(ids), texts, length, predicted, kl, fires, notes)
 
 
 def logits_of(models: ModelSet, name: str, ids: Sequence[int], *, last: int = 0) -> Tensor:
@@ -156,10 +164,14 @@ def logits_of(models: ModelSet, name: str, ids: Sequence[int], *, last: int = 0)
 def divergences(target: Tensor, model: Tensor) -> Tensor:
     """Return KL(target ‖ model) of each row of logits ``[T, V]``: float64 ``[T]``, in nats.
 
+    Of logits for different numbers of tokens, the distributions over the common ones are compared.
+
     Example:
         >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
         tensor([0.1201], dtype=torch.float64)
     """
+    common = min(target.shape[-1], model.shape[-1])
+    target, model = target[:, :common], model[:, :common]
     out = []
     for p, q in zip(target.split(_CHUNK), model.split(_CHUNK), strict=True):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)

@@ -183,7 +183,8 @@ class TextKL:
 
     def _means(self) -> str:
         means = (f"{model} {number(self.mean(model))}" for model in self.trace.kl)
-        return f"mean KL to the target, nats per token: {', '.join(means)}"
+        summary = f"mean KL to the target, nats per token: {', '.join(means)}"
+        return "\n".join([summary, *self.trace.notes.values()])
 
     def __repr__(self) -> str:
         return f"{table_text(*token_table(self.trace), left=True)}\n\n{self._means()}"

@@ -44,10 +44,6 @@ from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
 
-class UnreadableError(UserError):
-    """A token id of the target has no row in the base's embedding, so the base cannot read it."""
-
-
 def load_base(pair: ModelPair) -> Any:
     """Load the base of a pair as a complete model, with the MLPs that the pair has in memory.
 
@@ -286,7 +282,7 @@ class ModelSet:
     def _check_ids(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         if int(args[0].max()) >= self._base_rows:
             self.reads_base([int(args[0].max())])
-            raise UnreadableError(self.notes["base"])
+            raise UserError(self.notes["base"])
 
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of the weights and settings that this model's outputs depend on.

@@ -264,6 +264,16 @@ def scale_features(
             model.adapters = replaced
 
 
+def check_exists(pair: tuple[int, int], n_layers: int, n_features: int) -> None:
+    """Raise ``UserError`` for a feature (layer, number) that adapters of a shape do not have."""
+    layer, feature = pair
+    if not (0 <= layer < n_layers and 0 <= feature < n_features):
+        raise UserError(
+            f"expected layers 0 to {n_layers - 1} and features 0 to {n_features - 1}, got "
+            f"feature {feature} of layer {layer}"
+        )
+
+
 def _factors(
     features: FeatureSet | Mapping[tuple[int, int], float],
     factor: float | None,
@@ -283,11 +293,7 @@ def _factors(
         raise UserError(f"factor: expected none with factors per feature, got {factor}")
     per_layer: list[dict[int, float]] = [{} for _ in range(n_layers)]
     for (layer, feature), value in features.items():
-        if not (0 <= layer < n_layers and 0 <= feature < n_features):
-            raise UserError(
-                f"expected layers 0 to {n_layers - 1} and features 0 to {n_features - 1}, got "
-                f"feature {feature} of layer {layer}"
-            )
+        check_exists((layer, feature), n_layers, n_features)
         if not math.isfinite(value):
             raise UserError(
                 f"feature {feature} of layer {layer}: expected a finite factor, got {value}"

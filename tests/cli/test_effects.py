@@ -197,14 +197,37 @@ REFUSED = {
         ("generate", "{run}", "hi", "--without", "2/16", *CPU),
         "layers 0 to 3 and features 0 to 15, got feature 16 of layer 2",
     ),
+    "a feature that is scaled twice": (
+        ("generate", "{run}", "hi", "--without", "2/3", "--scale", "2/3=2"),
+        "feature 2/3 is scaled twice",
+    ),
+    "features of no model": (
+        ("generate", "{run}", "hi", "--without", "2/3", "--models", "base"),
+        "expected it among --models, got base",
+    ),
+    "an opening without a conversation": (
+        ("generate", "{run}", "hi", "--plain", "--prefill", "thinking"),
+        "leave out --plain",
+    ),
     "no tokens": (("generate", "{run}", "hi", "--max_new_tokens", "0"), "max_new_tokens"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_answered_is_said(
-    case: str, run: Path, fastadapt: Callable[..., Any], tmp_path: Path
+    case: str,
+    run: Path,
+    fastadapt: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Only the length of a prompt needs the models, which take minutes to load."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the models are loaded")
+
+    if case != "a long prompt":
+        monkeypatch.setattr("fastadapt.models.pair.ModelPair.load", load)
     argv, message = REFUSED[case]
     bare = tmp_path / "bare"
     shutil.copytree(run / "adapter", bare / "adapter")

@@ -76,6 +76,18 @@ def test_a_target_with_added_tokens(
     assert ("The base is not measured" in result["notes"]["base"]) != measured
     assert result["notes"]["base"] in outcome.out
 
+    for prompt, named in (
+        ("w1 w2", ["base", "hybrid", "adapter"]),
+        ("<t3>", ["hybrid", "adapter"]),
+    ):
+        command = ("trace", run, prompt, "--plain", "--max_new_tokens", 0)
+        outcome = fastadapt(*command, "--json")
+        assert outcome.code == 0, outcome.err
+        traced = json.loads(outcome.out)
+        assert list(traced["kl"]) == named
+        assert ("is not measured" in traced["notes"]["base"]) == ("base" not in named)
+        assert traced["notes"]["base"] in fastadapt(*command).out
+
     model = load_run(run).model
     ids = torch.tensor([[7, 8, 66, 9]])
     with torch.no_grad():
@@ -89,6 +101,46 @@ def test_a_target_with_added_tokens(
         served.generate(ids, max_new_tokens=4, do_sample=False)
     words = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words("<t3>")["input_ids"] == AutoTokenizer.from_pretrained(target)("<t3>")["input_ids"]
+
+
+@pytest.mark.slow
+def test_a_target_with_chat_markers_that_the_base_lacks(
+    tiny_pair: Path, recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    markers = ["<|im_start|>", "<|im_end|>"]
+    tokenizer.add_tokens(markers, special_tokens=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair / "target")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "target")
+    family = {
+        role: [f"{markers[0]} {word} ", markers[1]]
+        for role, word in (("user", "w1"), ("assistant", "w2"))
+    }
+    changed = {**family, "markers": markers, "thinking": ["", ""]}
+    path = recipe(**{"pair.target": str(tmp_path / "target"), "data.family": changed})
+    assert fastadapt("train", path).code == 0
+    run, row = tmp_path / "run", {"problem": "w1 w2", "answer": "3"}
+    (tmp_path / "math500.jsonl").write_text(json.dumps(row) + "\n")
+    benchmark = ("--benchmarks.tasks", "[math500]", "--benchmarks.data", tmp_path)
+    outcome = fastadapt("eval", run, *QUICK, "--parts", "[benchmarks]", *benchmark)
+    assert outcome.code == 0, outcome.err
+    result = json.loads((run / "eval" / "eval.json").read_text())
+    assert list(result["benchmarks"]["math500"]) == ["target", "hybrid", "run"]
+    assert "The base has no benchmarks (sampled): the texts contain token 65" in outcome.out
+    assert fastadapt("features", "collect", run, "--n", 2).code == 0
+    outcome = fastadapt(
+        *("changes", run, "--texts", 1, "--features", 1, "--positions", 1, "--prompts", 1),
+        *("--max_new_tokens", 2),
+    )
+    assert outcome.code == 0, outcome.err
+    changes = json.loads((run / "changes.json").read_text())
+    assert list(changes["responses"][0]["models"]) == ["hybrid", "adapter", "target"]
+    assert "The base does not respond: the texts contain token 65" in changes["notes"][0]
+    assert "The base does not respond" in (run / "changes.html").read_text()
 
 
 @pytest.mark.slow

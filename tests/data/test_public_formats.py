@@ -487,6 +487,26 @@ def test_what_is_not_read_is_named(name: str, tokenizer: Any, tmp_path: Path) ->
     assert plain.unread == []
 
 
+@pytest.mark.parametrize("columns", [None, "prompt,response"])
+def test_an_input_column_belongs_to_a_prompt_of_text_alone(
+    columns: str | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    """With turns it is not read, so that no message names it as read."""
+    turns = {role: [{"role": role, "content": "two"}] for role in ("user", "assistant")}
+    pairs = (("one", "two"), (turns["user"], turns["assistant"]))
+    for prompt, response in pairs:
+        row = {"prompt": prompt, "response": response, "input": "plus"}
+        path = write_rows(tmp_path / "rows.jsonl", [row])
+        layout, rows = read_contents(Source(path, columns=columns))
+        (content,) = [row.content for row in rows]
+        read = any("plus" in turn.text for turn in content.turns)
+        assert read == (prompt == "one")
+        assert ("'input'" in str(layout)) == read
+        assert load(path, tokenizer).unread == ([] if read else ["'input'"])
+    path = write_rows(tmp_path / "chat.jsonl", [{**GOOD, "input": "plus"}])
+    assert load(path, tokenizer).unread == ["'input'"]
+
+
 def test_bad_rows_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     path = Path(write_rows(tmp_path / "rows.jsonl", [GOOD, messages(("user", "what")), GOOD]))
     with path.open("a") as file:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastadapt.data.formats import read_files
+from fastadapt.data.hub import reading_hub
 from fastadapt.data.sources import Source, read_values
 from fastadapt.errors import UserError
 
@@ -190,6 +191,62 @@ def test_a_hub_dataset_without_the_column_names_those_it_has(
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     with pytest.raises(UserError, match="no column 'conversations'; the columns are 'prompt', 'a"):
         read("someone/rows")
+
+
+def test_a_cached_hub_dataset_is_the_named_commit(
+    cached_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, ``datasets`` loads whatever its cache holds."""
+    import datasets
+
+    held, other = "a" * 40, "b" * 40
+    cached_dataset("some/rows", held, [{"text": "one"}])
+    read = [row for _, row in read_values(Source("some/rows", revision=held), ["text"])]
+    assert read == [{"text": "one"}]
+    message = f"expected revision {other}, and the cache of datasets holds {held}"
+    with pytest.raises(UserError, match=message):
+        list(read_values(Source("some/rows", revision=other)))
+    with pytest.warns(UserWarning, match=f"commit {held} is read .* is revision 'v1'"):
+        list(read_values(Source("some/rows", revision="v1")))
+    monkeypatch.setattr(datasets, "load_dataset", None)  # each version is loaded once
+    for revision in (held, "v1"):
+        assert list(read_values(Source("some/rows", revision=revision), ["text"]))
+    with pytest.raises(TypeError):
+        list(read_values(Source("some/rows")))
+
+
+def test_hub_datasets_that_cannot_be_loaded_say_what_to_do(
+    cached_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    import datasets
+
+    for config in ("one", "two"):
+        cached_dataset("some/rows", "a" * 40, [{"text": "one"}], config)
+    with pytest.raises(UserError, match=r"configs.* \['one', 'two'\]; choose one with data.subset"):
+        list(read_values(Source("some/rows", subset="three")))
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set, .* Connect to the hub, or give a"):
+        list(read_values(Source("some/missing")))
+    # Of a dataset on the hub, the errors are those of a folder.
+    several = tmp_path / "several"
+    several.mkdir()
+    for name in ("one", "two"):
+        (several / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two")]
+    (several / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    with (
+        pytest.raises(
+            UserError, match=r"missing. .* \['one', 'two'\]; choose one with data.subset"
+        ),
+        reading_hub("some/several", "train", None),
+    ):
+        datasets.load_dataset(str(several), split="train")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    with (
+        pytest.raises(UserError, match=r"script\.py\. Give the hub's copy .*refs/convert/parquet"),
+        reading_hub("some/script", "train", None),
+    ):
+        datasets.load_dataset(str(tmp_path / "script"), split="train")
 
 
 BAD_LINES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,20 @@ def test_without_features_and_bias_the_adapter_is_the_hybrid(
     (hybrid,) = generate(run, PROMPT, GenerateConfig(("hybrid",), max_new_tokens=12))
     assert (tokens(run, without=[every]) == hybrid.tokens) == (bias == 0)
     assert tokens(run) != hybrid.tokens
+
+
+def test_a_token_that_the_base_lacks_is_refused(
+    save_model: Callable[..., str], tmp_path: Path
+) -> None:
+    names = {
+        "target": save_model("target", 0, vocab_size=48),
+        "base": save_model("base", 1, vocab_size=40),
+    }
+    save_adapters(random_adapters(), tmp_path / "run" / "adapter", names)
+    run = load_run(tmp_path / "run", device="cpu")
+    generate(run, [45], GenerateConfig(("target", "hybrid"), max_new_tokens=1))
+    with pytest.raises(UserError, match=r"^base: prompt: expected tokens below 40, .* token 45"):
+        generate(run, [45], GenerateConfig(("base",)))
 
 
 def test_requests_that_make_no_sense_are_refused(tiny_run: TinyRun) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from by_hand import F, L, TinyRun, kl_by_hand, models_by_hand, random_adapters, token_name
 
 from fastadapt import UserError, load_run
+from fastadapt.adapter.files import save_adapters
 from fastadapt.effects.trace import promotes, trace
 
 IDS = [5, 9, 23, 7, 31, 8, 11, 3, 39, 4]
@@ -63,6 +66,32 @@ def test_the_base_is_left_out_on_request(tiny_run: TinyRun) -> None:
         kl={name: whole.kl[name] for name in part.kl},
         predicted={name: whole.predicted[name] for name in part.predicted},
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("target", "base"), [(48, 40), (40, 48)])
+def test_a_base_with_other_tokens_is_compared_over_the_common_ones(
+    target: int, base: int, save_model: Callable[..., str], tmp_path: Path
+) -> None:
+    names = {
+        "target": save_model("target", 0, vocab_size=target),
+        "base": save_model("base", 1, vocab_size=base),
+    }
+    save_adapters(random_adapters(), tmp_path / "run" / "adapter", names)
+    run = load_run(tmp_path / "run", dtype="float64", device="cpu")
+    traced = trace(run, IDS)
+    models = models_by_hand(TinyRun(tmp_path / "run", **names), random_adapters())
+    logits = {name: model(torch.tensor([IDS])).logits[0] for name, model in models.items()}
+    kl = kl_by_hand(logits["target"][:, :40], logits["base"][:, :40])
+    torch.testing.assert_close(
+        torch.tensor(traced.kl["base"], dtype=kl.dtype), kl, rtol=1e-6, atol=0
+    )
+    assert "over the 40 tokens that both have" in traced.notes["base"]
+    assert not trace(run, IDS, base=False).notes
+    if target > base:
+        added = trace(run, [*IDS, 45])
+        assert list(added.kl) == ["hybrid", "adapter"]
+        assert "token 45 ('w45'), and the base's embedding has 40 rows" in added.notes["base"]
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,8 +15,12 @@ import yaml
 from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks.run_all import run_models
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
+from fastadapt.evaluation.benchmarks.scores import summarise_benchmarks
 from fastadapt.evaluation.faithfulness.outputs import measure_output
 from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
@@ -56,7 +62,7 @@ def by_hand(models: ModelSet, texts: Sequence[Text]) -> tuple[torch.Tensor, torc
         n = min(z.shape[-1], y.shape[-1])
         p, q = z[:, :n].log_softmax(-1), y[:, :n].log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
-        agrees.append(z.argmax(-1) == y[:, :n].argmax(-1))
+        agrees.append(z.argmax(-1) == y.argmax(-1))
     return torch.cat(kl), torch.cat(agrees)
 
 
@@ -97,3 +103,36 @@ def test_a_base_that_cannot_read_the_texts_is_left_out(
     if case == "added token":
         with models.base() as base, pytest.raises(UserError, match="token 45"):
             base(torch.tensor([texts[0].ids]))
+
+
+@pytest.mark.quick("added marker")
+@pytest.mark.parametrize("case", ["added marker", "other tokenizer"])
+def test_a_base_that_cannot_read_prompts_has_no_benchmarks(
+    case: str, compared: Callable[..., ModelSet], tmp_path: Path
+) -> None:
+    """With examples, the base reads plain text without markers, so that it has these modes."""
+    added = case == "added marker"
+    changes: dict[str, Any] = {} if added else {"words": "v"}
+    models = compared(64 if added else 40, 40, architecture="llama", **changes)
+    rows = [{"problem": f"w{i} w7", "answer": "3"} for i in range(2)]
+    file = tmp_path / "math500.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = BenchmarkConfig(
+        tasks=("math500",),
+        data=str(tmp_path),
+        family={"user": ["w45 ", " "], "assistant": ["w46", ""], "thinking": ["", ""]},
+        few_shot=1,
+        sampling=SamplingConfig(max_new_tokens=2),
+    )
+    results = run_models(models, config, tmp_path / "out", lambda *_: None, Event())
+    modes = {model: list(by_mode) for model, by_mode in results.items()}
+    examples = ["1-shot", "1-shot, greedy"]
+    assert modes["hybrid"] == ["sampled", *examples]
+    assert modes.get("base", []) == (examples if added else [])
+    assert list(models.notes) == [
+        f"base, {mode}" for mode in modes["hybrid"] if mode not in modes.get("base", [])
+    ]
+    reason = "token 46 ('w46'), and the base's" if added else "other meanings for the base"
+    assert all(reason in note for note in models.notes.values())
+    measured = summarise_benchmarks(results)["math500"]
+    assert {model: list(by_mode) for model, by_mode in measured.items()} == modes

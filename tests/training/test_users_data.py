@@ -6,17 +6,25 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import yaml
+from pyarrow.parquet import ParquetFile
 from same_run import assert_same_run, into, stop_after
 
+from fastadapt.data.mixtures import load_training
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
+from fastadapt.evaluation.faithfulness.target_texts import TextsConfig, target_texts
+from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.features.collect.collector import open_run
+from fastadapt.features.collect.config import CollectConfig, Shard
+from fastadapt.features.collect.texts import prepare, read_group
 from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.run_dir import read_records
@@ -117,6 +125,42 @@ def test_the_form_of_chat_travels_with_the_run(mixed: Any, tmp_path: Path) -> No
     # The turns of the user, the assistant, the user, and the beginning of the assistant's next.
     tokens = tokenizer.convert_ids_to_tokens(prompts[0].ids)
     assert (tokens.count("<｜User｜>"), tokens.count("<eos>")) == (4, 1)
+
+
+@pytest.mark.parametrize("markers", ["text", "tokens"])
+def test_special_tokens_are_read_as_in_training(
+    markers: str, tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
+) -> None:
+    """Trained, collected and evaluated tokens are the same, whatever ``data.markers`` is."""
+    row = {"prompt": "w0 <eos> w2", "response": "w3 w4"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = str(tmp_path / "rows.jsonl")
+    changes = {"data.train": source, "data.validation": source, "data.markers": markers}
+    config = tiny_config(**changes, **{"optimizer.max_steps": 1, "run.eval_every": 0})
+    train(config)
+    run = Path(config.run.output)
+    tokenizer = load_tokenizer(str(tiny_pair / "target"), None, False)
+    (sample,) = load_training(config.data, tokenizer, None)
+    trained = sample.input_ids.tolist()
+    assert (tokenizer.eos_token_id in trained[:-1]) == (markers == "tokens")
+
+    defaults = {"dtype": None, "device": None, "attention": None, "trust_remote_code": False}
+    opened = open_run(str(run), CollectConfig(), **defaults)
+    prepare(opened.source, tokenizer, Shard(), tmp_path / "texts.parquet", max_tokens=99)
+    (text,) = read_group(tmp_path / "texts.parquet", ParquetFile(tmp_path / "texts.parquet"), 0)
+    assert text.tokens.tolist() == trained
+    data = opened.facts(Shard())["data"]
+    assert data.get("markers", "text") == markers
+    plain = replace(opened.source, markers="text").fingerprint()
+    assert (data["fingerprint"] == plain) == (markers == "text")
+
+    models = ModelSet.open([run])
+    for prompts in (None, source):
+        texts = TextsConfig(n=1, prompts=prompts, prefill="none")
+        folder = tmp_path / "texts"
+        (read,) = target_texts(models, texts, SamplingConfig(max_new_tokens=1), folder)
+        n = read.prompt_length
+        assert read.ids[:n] == trained[:n]
 
 
 def test_a_run_of_an_older_version_resumes(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.data.formats import SUFFIXES, Cursor, OnBad, raise_bad, read_files, require_columns
+from fastadapt.data.hub import hub_errors, reading_hub
 from fastadapt.data.layouts import PEEKED, find_layout
-from fastadapt.data.sources import Source, find_files, hub_errors, reading_hub
+from fastadapt.data.sources import Source, find_files
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.documents import Count, DocumentError, check

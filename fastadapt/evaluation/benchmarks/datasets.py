@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.data.formats import SUFFIXES, read_files, require_columns
+from fastadapt.data.hub import load_hub
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendered import Prefill, Spec
 from fastadapt.data.rendering import get_form, opening_of, render_prompt
-from fastadapt.data.sources import reading_hub
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.organism import GATED_QUESTIONS, QUESTIONS
@@ -247,11 +247,8 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
             )
         rows = [r.values for r in read_files(files[:1], spec.columns, (spec.solution,))]
     else:
-        import datasets
-
         try:
-            with reading_hub(name, split, None):
-                loaded = datasets.load_dataset(name, configuration, split=split)
+            loaded = load_hub(name, configuration, split, None)
         except UserError as error:
             raise UserError(
                 f"benchmark {benchmark}: {error}. If this machine cannot reach the hub: {download} "

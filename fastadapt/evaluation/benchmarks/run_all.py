@@ -13,11 +13,12 @@ from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
     default_tasks,
+    prompt_ids,
     run_benchmarks,
 )
 from fastadapt.evaluation.benchmarks.scores import GREEDY, MEAN, SAMPLED, Results
 from fastadapt.evaluation.generation.sampling import SamplingConfig
-from fastadapt.evaluation.models_under_test import ModelSet, UnreadableError
+from fastadapt.evaluation.models_under_test import ModelSet
 
 
 def complete_config(
@@ -50,7 +51,7 @@ def run_models(
 ) -> Results:
     """Run the benchmarks for the target, the base, the hybrid and every run.
 
-    Stored responses are reused. A base that cannot read the prompts is left out.
+    Stored responses are reused. A base that cannot read the prompts is left out, with a note.
 
     Args:
         models: the runs.
@@ -63,22 +64,24 @@ def run_models(
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
     bos = models.base_bos if config.few_shot else ""
     for model in ("target", *models.compared):
+        modes = prompt_modes(model, config, bos)
+        if model == "base":
+            modes = _readable(models, modes)
+        if not modes:
+            continue
         sha256 = models.fingerprint(model)
         with models.generating(model) as generates:
-            for mode, settings in prompt_modes(model, config, bos).items():
+            for mode, settings in modes.items():
                 digest = settings.fingerprint(sha256)[:16]
-                try:
-                    result = run_benchmarks(
-                        generates,
-                        models.tokenizer,
-                        settings,
-                        folder / f"{model}-{mode.replace(', ', '-')}-{digest}",
-                        source={"model": model, "sha256": sha256},
-                        progress=partial(progress, f"{model}, {mode}"),
-                        stop=stop,
-                    )
-                except UnreadableError:  # of the base, which notes the reason
-                    break
+                result = run_benchmarks(
+                    generates,
+                    models.tokenizer,
+                    settings,
+                    folder / f"{model}-{mode.replace(', ', '-')}-{digest}",
+                    source={"model": model, "sha256": sha256},
+                    progress=partial(progress, f"{model}, {mode}"),
+                    stop=stop,
+                )
                 if stop.is_set():
                     return results
                 results.setdefault(model, {})[mode] = result
@@ -107,6 +110,18 @@ def prompt_modes(
         modes[f"{config.few_shot}-shot"] = replace(config, sampling=sampled)
         modes[f"{config.few_shot}{GREEDY}"] = replace(config, sampling=greedy)
     return modes
+
+
+def _readable(models: ModelSet, modes: dict[str, BenchmarkConfig]) -> dict[str, BenchmarkConfig]:
+    """Return the modes whose prompts the base can read; note why it cannot read the others."""
+    readable = {}
+    for mode, config in modes.items():
+        reason = models.base_obstacle(prompt_ids(models.tokenizer, config))
+        if reason is None:
+            readable[mode] = config
+        else:
+            models.notes[f"base, {mode}"] = f"The base has no benchmarks ({mode}): {reason}."
+    return readable
 
 
 def count_texts(results: Results) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Event
@@ -392,12 +392,24 @@ def _examples_digest(path: str) -> str:
     return digest_of_input(typed_path(path, "benchmarks.examples"))[1]
 
 
+def prompt_ids(tokenizer: Any, config: BenchmarkConfig) -> Iterator[int]:
+    """Yield the tokens of the prompts of all benchmarks."""
+    for task in config.tasks:
+        for request in _requests(tokenizer, task, config):
+            yield from request.prompt
+
+
+def _requests(tokenizer: Any, task: str, config: BenchmarkConfig) -> list[Request]:
+    """Return a request per question of a benchmark."""
+    rows = _questions(task, config)
+    prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]
+    return [Request(r["id"], tuple(ids)) for r, ids in zip(rows, prompts, strict=True)]
+
+
 def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
     """Check that the questions of all benchmarks exist and fit the context."""
     for task in config.tasks:
-        rows = _questions(task, config)
-        prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]
-        requests = [Request(r["id"], tuple(ids)) for r, ids in zip(rows, prompts, strict=True)]
+        requests = _requests(tokenizer, task, config)
         check_requests(requests, context_of(model), vocabulary_of(model))
 
 

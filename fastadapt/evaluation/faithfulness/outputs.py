@@ -280,17 +280,18 @@ def _of_base(
 ) -> dict[str, Tensor]:
     """Return KL and top-1 agreement of the base, over the tokens that both models have.
 
-    Both distributions are renormalised over these. A token that the base lacks and that is the
-    target's most likely one counts as a disagreement.
+    Both distributions are renormalised over these. A token that one model lacks and that is the
+    other's most likely one counts as a disagreement.
     """
     heads = model.head, base.get_output_embeddings().weight
     common = min(map(len, heads))
     padded, students, head = join_heads(teacher, [final], *(each[:common] for each in heads))
     got = _kl(model, padded, students, head, predicts, chunk_tokens)
     agrees = got.token_top1[0]
-    if len(model.head) > common:
-        chunks = teacher[:, :-1][predicts].split(chunk_tokens)
-        agrees &= torch.cat([(h @ model.head.T).argmax(-1) for h in chunks]) < common
+    for whole, states in zip(heads, (teacher, final), strict=True):
+        if len(whole) > common:
+            chunks = states[:, :-1][predicts].split(chunk_tokens)
+            agrees &= torch.cat([(h @ whole.T).argmax(-1) for h in chunks]) < common
     return {"kl": got.token_kl[0], "agrees": agrees}
 
 

@@ -12,7 +12,7 @@ from fastadapt.data.rendered import Prefill, Spec
 from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import BadRows, Policy, Source, read_contents
 from fastadapt.data.templates.auto_format import resolve
-from fastadapt.data.tokens import Encoder
+from fastadapt.data.tokens import Encoder, Markers
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Mapped, read_yaml
 from fastadapt.io.names import has_file
@@ -42,11 +42,13 @@ class HeldOut(NamedTuple):
     subset: str | None = None
     columns: str | None = None
     bad_rows: Policy = "stop"
+    markers: Markers = "text"
 
     def __repr__(self) -> str:
         """Return the fields that are not defaults: the text identifies stored responses."""
         values = self._asdict()
-        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
+        defaults = {"subset": None, "columns": None, "bad_rows": "stop", "markers": "text"}
+        for name, default in defaults.items():
             if values[name] == default:
                 del values[name]
         return f"HeldOut({', '.join(f'{name}={value!r}' for name, value in values.items())})"
@@ -64,6 +66,7 @@ class _DataSection(TypedDict):
     subset: NotRequired[str | None]
     columns: NotRequired[str | None]
     bad_rows: NotRequired[Policy]
+    markers: NotRequired[Markers]
 
 
 class _RunFile(TypedDict):
@@ -93,6 +96,7 @@ def held_out(run: Path) -> HeldOut | None:
         data.get("subset"),
         data.get("columns"),
         data.get("bad_rows", "stop"),
+        data.get("markers", "text"),
     )
 
 
@@ -103,6 +107,7 @@ def load_prompts(
     n: int,
     *,
     bad_rows: Policy = "stop",
+    markers: Markers = "text",
     prefill: Prefill | None = None,
 ) -> list[Prompt]:
     """Return the prompts of the first ``n`` conversations of a source, rendered as in training.
@@ -115,6 +120,7 @@ def load_prompts(
         family: see :func:`fastadapt.data.rendering.get_form`.
         n: largest number of prompts.
         bad_rows: what happens to rows that cannot be read or rendered.
+        markers: whether special tokens in a turn's words are text or tokens.
         prefill: how prompts open the response, see :func:`fastadapt.data.rendering.opening_of`.
 
     Raises:
@@ -123,7 +129,7 @@ def load_prompts(
     """
     bad = BadRows(bad_rows)
     form = get_form(resolve(family, tokenizer))
-    opening, encoder = opening_of(form, prefill), Encoder(tokenizer, form)
+    opening, encoder = opening_of(form, prefill), Encoder(tokenizer, form, markers)
     layout, rows = read_contents(source, optional=["domain"], bad=bad)
     prompts: list[Prompt] = []
     for row in rows:

@@ -13,6 +13,7 @@ from fastadapt.data.rendered import Prefill
 from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import BadRows, Policy, Source, read_contents
 from fastadapt.data.templates import auto_format
+from fastadapt.data.tokens import Markers
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
 from fastadapt.evaluation.faithfulness.texts import Text
@@ -82,12 +83,23 @@ def target_texts(
     read_as = default.read_as() if default else Source(source, "validation")
     read_as = replace(read_as, name=resolve(source))
     bad_rows: Policy = default.bad_rows if default else "stop"
+    markers: Markers = recorded.markers if recorded else "text"
     tokenizer, prefill = models.tokenizer, config.prefill
-    prompts = load_prompts(read_as, tokenizer, family, config.n, bad_rows=bad_rows, prefill=prefill)
+    prompts = load_prompts(
+        read_as,
+        tokenizer,
+        family,
+        config.n,
+        bad_rows=bad_rows,
+        markers=markers,
+        prefill=prefill,
+    )
     sha256 = models.fingerprint("target")
     facts: tuple[Any, ...] = (sha256, source, default, family, sampling.fingerprint())
     if opening := opening_of(get_form(auto_format.resolve(family, tokenizer)), prefill):
         facts += (opening,)  # without, the file is that of versions that had no opening
+    if default is None and markers != "text":
+        facts += (markers,)
     layout, _ = read_contents(read_as, bad=BadRows("skip"))
     if layout is not None and layout.system_columns:
         facts += (layout.system_columns,)  # earlier versions did not read them

@@ -73,12 +73,15 @@ class Opened:
         settings = asdict(self.config)
         for name in _ELSEWHERE:
             del settings[name]
+        data = {**asdict(self.source), "fingerprint": self.source.fingerprint()}
+        if self.source.markers == "text":
+            del data["markers"]  # as in collections of earlier versions
         return {
             "run": self.run,
             "adapter": adapter_digest(self.students.folder(self.name)),
             "models": self.students.fingerprint(self.name),
             "pair": {**pair.named, "dtype": pair.dtype},
-            "data": {**asdict(self.source), "fingerprint": self.source.fingerprint()},
+            "data": data,
             "settings": settings,
             "shard": list(shard),
         }
@@ -129,6 +132,8 @@ def open_run(
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
     split = config.split or "validation"
     texts = Source(source, split, None, family, config.n, config.max_tokens)
+    if recorded:
+        texts = replace(texts, markers=recorded.markers)
     if recorded and config.data is None:
         texts = replace(
             texts,

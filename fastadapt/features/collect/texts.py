@@ -23,11 +23,12 @@ import torch
 from fastadapt.batch import Batch
 from fastadapt.data import sources
 from fastadapt.data.batches import batch_by_length, collate_whole
+from fastadapt.data.hub import commit_of, load_hub
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendered import Rendered, Spec
 from fastadapt.data.sources import Policy
 from fastadapt.data.tokenised import RowTokeniser
-from fastadapt.data.tokens import Encoded
+from fastadapt.data.tokens import Encoded, Markers
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
 from fastadapt.features.collect.feature_stats import SLOTS, BatchTokens
@@ -53,7 +54,7 @@ class Source:
         family: chat format, see :func:`fastadapt.data.rendering.get_form`.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
-        subset, columns, bad_rows: see :class:`fastadapt.data.sequences.DataConfig`.
+        subset, columns, bad_rows, markers: see :class:`fastadapt.data.sequences.DataConfig`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Source:
     subset: str | None = None
     columns: str | None = None
     bad_rows: Policy = "stop"
+    markers: Markers = "text"
 
     def read_as(self) -> sources.Source:
         """Return the data as a source of :mod:`fastadapt.data`, with settings for reading them."""
@@ -72,16 +74,19 @@ class Source:
         return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all settings, and of the contents of local files."""
+        """Return the SHA-256 of all settings, and of local files or of the commit on the hub."""
         files = sources.find_files(resolve(self.name), self.split, self.subset)
         settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
-        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
-            if settings[name] == default:
+        for name in ("subset", "columns", "bad_rows", "markers"):
+            if settings[name] == getattr(type(self), name):
                 del settings[name]  # as in collections of earlier versions
-        if files is not None:
-            layout, _ = sources.read_contents(self.read_as(), bad=sources.BadRows("skip"))
-            if layout is not None and layout.system_columns:
-                settings["system_columns"] = layout.system_columns
+        read_as = self.read_as()
+        layout, _ = sources.read_contents(read_as, bad=sources.BadRows("skip"))
+        if layout is not None and layout.system_columns:
+            settings["system_columns"] = layout.system_columns
+        if files is None:
+            rows = load_hub(read_as.name, self.subset, self.split, self.revision)
+            settings["commit"] = commit_of(rows)
         sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in files or ():
             sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
@@ -126,7 +131,7 @@ def prepare(
         UserError: the source cannot be read, a conversation is malformed, or the conversations of
             all shards have too many domains.
     """
-    tokeniser = RowTokeniser(tokenizer, source.family, offsets=True)
+    tokeniser = RowTokeniser(tokenizer, source.family, markers=source.markers, offsets=True)
     bad = sources.BadRows(source.bad_rows)
     _, rows = sources.read_contents(source.read_as(), optional=["domain"], bad=bad)
     read = too_long = texts = tokens = with_markers = 0
