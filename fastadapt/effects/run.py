@@ -32,6 +32,7 @@ from fastadapt.features.store.schema import MANIFEST
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.hub.download import locate
 from fastadapt.hub.push import Pushed, push
+from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import read_adapters
@@ -53,7 +54,8 @@ class LoadedRun(RunContents):
     Attributes:
         models: the run under the name ``run``, with the pair's base, hybrid and target.
         store: the collected features, or None.
-        config: the run's configuration; None for a folder of adapters without one.
+        config: the run's configuration; None for adapters alone, and for an intervention, which
+            records its pair and data only.
         source: the folder as typed, or the name of the repository on the hub.
         commit: commit of the repository; None for a folder.
     """
@@ -294,7 +296,8 @@ def load(
         adapter = adapter_digest(models.folder(RUN))
         collected = Store.open(store or located.folder, adapter=adapter)
     config = located.folder / CONFIG
-    settings = load_config(config) if has_file(config) else None
+    trained = has_file(config) and "run" in read_yaml(config)  # an intervention has no section run
+    settings = load_config(config) if trained else None
     return LoadedRun(models, collected, settings, located.name, located.commit)
 
 

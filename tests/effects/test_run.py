@@ -24,6 +24,8 @@ from fastadapt.effects.trace import firings, promotes
 from fastadapt.effects.views import FeatureCard
 from fastadapt.features.store.details import read_details, token_text
 from fastadapt.features.store.schema import DESCRIPTIONS, REGIONS
+from fastadapt.interventions import Intervention
+from fastadapt.interventions.files import intervene, no_features
 from fastadapt.reporting.formatting import number
 
 #: 16 features per layer, with a store of features.
@@ -213,6 +215,19 @@ def test_a_run_without_store_configuration_or_tokenizer_shows_itself(tiny_run: T
         run.feature(0, 1)
     with pytest.raises(UserError, match="holds no tokenizer"):
         run.features("w5")
+
+
+def test_an_intervention_is_a_run(tmp_path: Path) -> None:
+    source = shutil.copytree(FINISHED, tmp_path / "run")
+    folder = tmp_path / "bias"
+    intervene(source, folder, no_features(source), Intervention("only"))
+    run = fastadapt.load(folder, device="cpu")
+    assert run.config is None
+    assert not any(run.features("tom has 3 apples").fires)
+    assert (
+        fastadapt.load(source, device="cpu").features("tom has 3 apples").fires[-1]
+    )  # the control
+    assert run.generate("tom has 3 apples .", max_new_tokens=3)["adapter"].text
 
 
 def test_a_baseline_has_kls_and_no_features(tiny_run: TinyRun) -> None:
