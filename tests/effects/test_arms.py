@@ -135,7 +135,7 @@ def test_references(tiny_run: TinyRun) -> None:
 @pytest.mark.parametrize(
     ("sets", "draws", "message"),
     [
-        ([f"{L}/0"], 0, f"expected features of layers 0 to {L - 1} and numbers 0 to {F - 1}"),
+        ([f"{L}/0"], 0, f"expected layers 0 to {L - 1} and features 0 to {F - 1}"),
         (["0/3"], 1, "run fastadapt features collect first, or pass --draws 0"),
         (["a/b"], 0, "expected a feature as LAYER/NUMBER"),
     ],

@@ -137,7 +137,7 @@ def test_the_base_and_bad_settings_are_refused(
     make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
 ) -> None:
     models = ModelSet.open([make_run("a", 1)])
-    with pytest.raises(UserError, match="models that share the target's attention, got the base"):
+    with pytest.raises(UserError, match="models with the target's attention, got the base"):
         measure_partial(models, texts, tmp_path, names=["base"])
     with pytest.raises(UserError, match=r"partial\.streams_at_once: expected at least 1, got 0"):
         PartialConfig(streams_at_once=0)
