@@ -23,7 +23,7 @@ class RunError(RuntimeError):
 
 
 class ModelsChangedWarning(UserWarning):
-    """A run's models have other weights than when it was trained."""
+    """A run's models have other weights or configurations than when it was trained."""
 
 
 def require(fine: bool, key: str, expected: str, got: object) -> None:

@@ -11,7 +11,7 @@ from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.hf_checkpoint import check_output
-from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
+from fastadapt.models.sources.fingerprint import fingerprints, warn_of_changes
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.organism import resolve
 
@@ -216,8 +216,8 @@ def convert(
             revisions[role] = (metadata.get("revisions") or {}).get(role)
     _check_apart(out, [str(folder), str(pair["target"]), str(pair["base"])])
     named = {role: resolve(str(name)) for role, name in pair.items()}
-    weights = {role: fingerprint(named[role], revisions.get(role)) for role in named}
-    warn_of_changes(source, metadata.get("weights") or {}, weights, named)
+    now = fingerprints({role: (named[role], revisions.get(role)) for role in named})
+    warn_of_changes(source, metadata, now, named)
     write = serving.export if format == "huggingface" else hu2026.from_adapters
     write(
         folder,

@@ -250,7 +250,13 @@ def _texts(run: RunContents, n: int, responses: str | None) -> list[Text]:
             )
         # The bound of the validation during training does not count: --n is the bound here.
         data = dataclasses.replace(run.config.data, max_validation=None)
-        return held_out_texts(data, run.pair.tokenizer, n, n_rows)
+        texts, beyond = held_out_texts(data, run.pair.tokenizer, n, n_rows, context)
+        if beyond:
+            run.models.notes["texts"] = (
+                f"Of the first texts, {beyond:,} are left out, since they are longer than the "
+                f"target's context, {context:,} tokens."
+            )
+        return texts
     texts = []
     for each in read_responses(typed_path(responses, "--responses"))[:n]:
         ids = [*each.prompt_tokens, *each.tokens[: each.scored_tokens]]

@@ -39,7 +39,11 @@ from fastadapt.models.pretrained import (
 )
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.models.sources.checks import conflicting_id
-from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
+from fastadapt.models.sources.fingerprint import (
+    config_fingerprints,
+    fingerprint,
+    warn_of_changes,
+)
 from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
@@ -81,7 +85,7 @@ class ModelSet:
         folders: Mapping[str, Path],
         compared: Mapping[str, ComparedModel],
         family: Spec | None = None,
-        weights: Mapping[str, Mapping[str, Any]] | None = None,
+        recorded: Mapping[str, Mapping[str, Any]] | None = None,
         target_mlps: bool = True,
     ) -> None:
         self.config = config
@@ -91,7 +95,7 @@ class ModelSet:
         #: Sentences about models whose vocabulary is not the target's, by their name.
         self.notes: dict[str, str] = {}
         self._folders = dict(folders)
-        self._weights = dict(weights or {})
+        self._recorded = dict(recorded or {})  # by run: the metadata of its card
         self._adapters: dict[str, nn.ModuleList] = {}
 
     @classmethod
@@ -127,7 +131,7 @@ class ModelSet:
         compared = {name: ComparedModel(name, name) for name in BUILT_IN if name != "target"}
         first: PairConfig | None = None
         family: Spec | None = None
-        weights: dict[str, Mapping[str, Any]] = {}
+        recorded: dict[str, Mapping[str, Any]] = {}
         for run, folder, name in zip(runs, folders, names, strict=True):
             card = read_adapters(folder)[1]
             pair = with_trust(read_pair(folder, card["metadata"]), folder, trust_remote_code)
@@ -135,13 +139,13 @@ class ModelSet:
             if first is None:
                 first, family = pair, card["metadata"].get("family")
             check_same_pair(first, pair, str(runs[0]), str(run))
-            weights[str(run)] = card["metadata"].get("weights") or {}
+            recorded[str(run)] = card["metadata"]
             compared[name] = ComparedModel.from_card(name, typed_path(run, "run"), card)
         assert first is not None
         changed = {"device": device, "attention": attention}
         config = replace(first, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
         of_runs = dict(zip(names, folders, strict=True))
-        return cls(config, of_runs, compared, family, weights, target_mlps)
+        return cls(config, of_runs, compared, family, recorded, target_mlps)
 
     @property
     def runs(self) -> list[str]:
@@ -157,8 +161,8 @@ class ModelSet:
         """The pair, loaded on first access. :meth:`replacement` sets its adapters."""
         pair = ModelPair.load(self.config, target_mlps=self._target_mlps)
         models = {"target": pair.config.target, "base": pair.config.base}
-        for name, weights in self._weights.items():
-            warn_of_changes(name, weights, pair.weights, models)
+        for run, metadata in self._recorded.items():
+            warn_of_changes(run, metadata, pair.fingerprints, models)
         model = ReplacementModel(pair, self._load(self.runs[0], pair))
         model.eval()
         return model
@@ -288,7 +292,8 @@ class ModelSet:
         """Return the SHA-256 of the weights and settings that this model's outputs depend on.
 
         Adapters are hashed completely, models by
-        :func:`fastadapt.models.sources.fingerprint.fingerprint`.
+        :func:`fastadapt.models.sources.fingerprint.fingerprint`. A configuration counts if it is
+        not the one that a run records, so that runs without that record keep their fingerprints.
         """
         config, sha256 = self.config, hashlib.sha256()
         sha256.update(repr((name in BUILT_IN, config.dtype, config.trust_remote_code)).encode())
@@ -297,10 +302,28 @@ class ModelSet:
             (config.base, config.base_revision),
         ):
             sha256.update(fingerprint(source, revision).encode())
+        sha256.update("".join(self._changed_configs()).encode())
         for file in sorted(self._folders[name].iterdir()) if name in self._folders else ():
             if file.suffix == ".safetensors":
                 sha256.update(f"{file.name} {digest_of_input(file)}".encode())
         return sha256.hexdigest()
+
+    def _changed_configs(self) -> list[str]:
+        """Return the fingerprints of configurations that are not those of a run's training."""
+        config, recorded = self.config, [r.get("configs") or {} for r in self._recorded.values()]
+        if not any(recorded):
+            return []
+        now = config_fingerprints(
+            {
+                "target": (config.target, config.target_revision),
+                "base": (config.base, config.base_revision),
+            }
+        )
+        return [
+            f"{role} {digest}"
+            for role, digest in now.items()
+            if any(then.get(role) not in (None, digest) for then in recorded)
+        ]
 
     def _load(self, name: str, pair: ModelPair) -> nn.ModuleList:
         if name not in self._adapters:

@@ -23,7 +23,7 @@ from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
+from fastadapt.models.sources.fingerprint import ENTRIES, fingerprints, warn_of_changes
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -92,9 +92,9 @@ def intervene(
             "base": metadata["target"],
             "revisions": {"target": revision, "base": revision},
         }
-        if "weights" in metadata:
-            weights = metadata["weights"]["target"]
-            metadata["weights"] = {"target": weights, "base": weights}
+        for entry in ENTRIES.keys() & metadata.keys():
+            if digest := metadata[entry].get("target"):
+                metadata[entry] = {"target": digest, "base": digest}
     metadata["interventions"] = [*history, step]
     out = typed_path(output, "--output")
     _check_output(out, source, overwrite=overwrite)
@@ -124,14 +124,14 @@ def no_features(run: str | os.PathLike[str]) -> FeatureSet:
 
 
 def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:
-    """Warn if models that can be read have other weights than when the adapters were trained."""
+    """Warn if models that can be read are not those with which the adapters were trained."""
     recorded = metadata.get("weights") or {}
     pair = read_pair(source, metadata)
     names = {"target": pair.target, "base": pair.base}
     revisions = {"target": pair.target_revision, "base": pair.base_revision}
     folders = [role for role, name in names.items() if role in recorded and Path(name).is_dir()]
-    now = {role: fingerprint(names[role], revisions[role]) for role in folders}
-    warn_of_changes(str(source), recorded, now, names)
+    now = fingerprints({role: (names[role], revisions[role]) for role in folders})
+    warn_of_changes(str(source), metadata, now, names)
 
 
 def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:

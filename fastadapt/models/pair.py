@@ -170,6 +170,7 @@ class ModelPair:
         notes: harmless differences, such as renamed added tokens.
         weights: fingerprint of each model's weights, by role
             (:mod:`fastadapt.models.sources.fingerprint`); empty if no weight was read.
+        configs: the same of each model's configuration.
     """
 
     target: Any
@@ -180,6 +181,7 @@ class ModelPair:
     revisions: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -220,8 +222,13 @@ class ModelPair:
                 "base": getattr(base_config, "_commit_hash", None),
             },
             notes=[*sources.notes, *sources.tokenizer_notes(tokenizer)],
-            weights={} if place.type == "meta" else sources.fingerprints(),
+            **({} if place.type == "meta" else sources.fingerprints()),
         )
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Fingerprints of both models, as the entries of a card."""
+        return {"weights": self.weights, "configs": self.configs}
 
     @property
     def target_mlps(self) -> nn.ModuleList:

@@ -58,14 +58,14 @@ def write(
         "adapter_kind": config.run.trains,
         **counts,
         "output": str(folder),
-        "weights": pair.weights,
+        **pair.fingerprints,
         **versions(),
     }
     metadata = {
         "target": config.pair.target,
         "base": config.pair.base,
         "revisions": pair.revisions,
-        "weights": pair.weights,
+        **pair.fingerprints,
         "objective": dataclasses.asdict(config.objective),
         **({"tokenizer": config.pair.tokenizer} if config.pair.tokenizer else {}),
         "family": config.data.family,

@@ -33,10 +33,11 @@ class Scalars(TypedDict):
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0, le=2**31)]] | None]
-    data_sha256: Any  # these four are compared with the run's values
+    data_sha256: Any  # these five are compared with the run's values
     device_type: Any
     revisions: Any
     weights: NotRequired[dict[str, str]]
+    configs: NotRequired[dict[str, str]]
 
 
 _MISMATCH = {
@@ -86,7 +87,7 @@ def _origin(run: TrainingRun) -> dict[str, Any]:
         "data_sha256": run.feed.sha256,
         "device_type": run.model.device.type,
         "revisions": run.model.pair.revisions,
-        "weights": run.model.pair.weights,
+        **run.model.pair.fingerprints,
     }
 
 
@@ -115,11 +116,11 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
             f"({scalars['steps']} steps), now it holds {now} ({run.steps} steps). "
             "Pass the data of the original run."
         )
-    for key, now in _origin(run).items():
-        if key == "weights":
-            _check_weights(run, scalars.get("weights", {}))
-        elif scalars[key] != now:
-            raise UserError(_MISMATCH[key].format(then=scalars[key], now=now))
+    origin = _origin(run)
+    for key, message in _MISMATCH.items():
+        if scalars[key] != origin[key]:
+            raise UserError(message.format(then=scalars[key], now=origin[key]))
+    _check_models(run, scalars)
     if run.config.run.threads is None:
         torch.set_num_threads(scalars["threads"])
     tensors = checkpoint.read(like=run.optimizer.tensors())
@@ -143,12 +144,12 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.planner.load(scalars)
 
 
-def _check_weights(run: TrainingRun, recorded: Mapping[str, str]) -> None:
+def _check_models(run: TrainingRun, recorded: Mapping[str, Any]) -> None:
     pair = run.model.pair
     names = {"target": pair.config.target, "base": pair.config.base}
-    if changed := changes(recorded, pair.weights, names):
+    if changed := changes(recorded, pair.fingerprints, names):
         raise UserError(
-            f"--resume: the run began with other weights: {'; '.join(changed)}. Give the models as "
+            f"--resume: the run began with other models: {'; '.join(changed)}. Give the models as "
             "they were, or start over with --overwrite."
         )
 

@@ -235,7 +235,8 @@ def load_model_and_data(
     # Which weights agree bit for bit is known to rank 0 only.
     shared = ranks.on_main(lambda: loaded[0].pair.shared_mlps)
     model = loaded[0] if loaded else load("meta", shared)
-    model.pair.weights = ranks.on_main(lambda: loaded[0].pair.weights)
+    for name, digests in ranks.on_main(lambda: loaded[0].pair.fingerprints).items():
+        setattr(model.pair, name, digests)
     shard(model, ranks, device, masters=config.optimizer.masters)
     return model, _step_data(config, model)
 

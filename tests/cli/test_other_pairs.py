@@ -210,13 +210,43 @@ def test_changed_weights_are_noticed(
     for command in commands:
         outcome = fastadapt(*command, *(["--overwrite"] if command[0] == "features" else []))
         assert outcome.code == 0, outcome.err
-        assert f"warning: {run} was trained with other weights" in outcome.err
+        assert f"warning: {run} was trained with other models" in outcome.err
         assert said in outcome.err
         assert summary["weights"][role][:12] in outcome.err
     outcome = fastadapt("train", path, "--resume")
     assert outcome.code == 2
-    assert "--resume: the run began with other weights" in outcome.err
+    assert "--resume: the run began with other models" in outcome.err
     assert said in outcome.err
+
+
+@pytest.mark.slow
+def test_a_changed_configuration_is_noticed(
+    moved_pair: Path, recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Stored results of another configuration are not served, and those of the first are."""
+    path = recipe(**{f"pair.{role}": str(moved_pair / role) for role in ("target", "base")})
+    run = tmp_path / "run"
+    assert fastadapt("train", path).code == 0
+
+    def kl() -> float:
+        outcome = fastadapt("eval", run, *QUICK, "--sampling.temperature", 0)
+        assert outcome.code == 0, outcome.err
+        warned = f"warning: {run} was trained with other models" in outcome.err
+        assert warned == (file.read_text() != text)
+        assert (f"target {file.parent} has configuration " in outcome.err) == warned
+        result = json.loads((run / "eval" / "eval.json").read_text())
+        return float(result["faithfulness"]["hybrid"]["kl"]["mean"])
+
+    file = moved_pair / "target" / "config.json"
+    text = file.read_text()
+    before = kl()
+    file.write_text(json.dumps({**json.loads(text), "rms_norm_eps": 0.5}))
+    assert kl() != before
+    outcome = fastadapt("train", path, "--resume")
+    assert outcome.code == 2
+    assert "--resume: the run began with other models: target" in outcome.err
+    file.write_text(text)
+    assert kl() == before
 
 
 def test_features_of_an_earlier_adapter_are_refused(

@@ -20,11 +20,19 @@ FEW = ("--where.n", 4, "--statistics.resamples", 200)
 
 
 def test_a_pair_is_measured_once_and_presented(
-    recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
+    tiny_pair: Path, recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
-    command = ("where", recipe(), *FEW, "--output", tmp_path / "out")
+    said = {"user": "w1 " * 80, "assistant": "w2"}
+    long = {"conversations": [{"from": role, "value": text} for role, text in said.items()]}
+    data = (tiny_pair / "validation.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(long) + "\n" + data)
+    path = recipe(**{"data.validation": str(tmp_path / "rows.jsonl")})
+    command = ("where", path, *FEW, "--output", tmp_path / "out")
     outcome = fastadapt(*command)
     assert outcome.code == 0, outcome.err
+    assert "1 are left out, since they are longer than the context of the models, 64" in " ".join(
+        outcome.out.split()
+    )
     folder = tmp_path / "out"
     result = read_result(folder / "where.json")
     assert [each["from_base"] for each in result["combinations"]][-1] == result["parts"]

@@ -136,7 +136,7 @@ def test_changed_weights_of_a_model_are_named(
     file = Path(folder) / "model.safetensors"
     scaled = {name: 1.01 * tensor for name, tensor in load_file(file).items()}
     save_file(scaled, file, metadata={"format": "pt"})
-    with pytest.warns(ModelsChangedWarning, match="was trained with other weights") as warned:
+    with pytest.warns(ModelsChangedWarning, match="was trained with other models") as warned:
         out = intervene(run, tmp_path / "after", features, kind)
     (message,) = (str(warning.message) for warning in warned)
     assert f"{role} {folder} has weights {fingerprint(folder, None)[:12]}" in message

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastadapt.models.sources import fingerprint as module
-from fastadapt.models.sources.fingerprint import changes, fingerprint
+from fastadapt.models.sources.fingerprint import changes, config_fingerprints, fingerprint
 
 
 def change(folder: str, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -63,9 +65,31 @@ def test_a_changed_weight_is_noticed(
 
 def test_a_role_without_a_record_is_not_compared() -> None:
     names = {"target": "a/b", "base": "c/d"}
-    now = {"target": "1" * 64, "base": "2" * 64}
+    weights = {"target": "1" * 64, "base": "2" * 64}
+    now = {"weights": weights, "configs": {"target": "4" * 64}}
     assert changes({}, now, names) == []
     assert changes(now, now, names) == []
-    assert changes({"base": "3" * 64}, now, names) == [
-        "base c/d has weights 222222222222, not 333333333333"
+    assert changes(
+        {"weights": {"base": "3" * 64}, "configs": {"target": "5" * 64}}, now, names
+    ) == [
+        "base c/d has weights 222222222222, not 333333333333",
+        "target a/b has configuration 444444444444, not 555555555555",
     ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "same"),
+    [
+        ({"_name_or_path": "x", "transformers_version": "9", "dtype": "bfloat16"}, True),
+        ({"rms_norm_eps": 0.5}, False),
+        ({"rope_parameters": {"rope_theta": 3.0, "rope_type": "default"}}, False),
+    ],
+)
+def test_a_configuration_is_recognised_by_what_changes_outputs(
+    entries: dict[str, Any], same: bool, save_model: Callable[..., str]
+) -> None:
+    folder = save_model("target")
+    file = Path(folder) / "config.json"
+    before = config_fingerprints({"target": (folder, None)})
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    assert (config_fingerprints({"target": (folder, None)}) == before) == same

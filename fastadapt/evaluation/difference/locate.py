@@ -181,11 +181,18 @@ def locate(
 def _texts(request: WhereRequest, models: TwoModels) -> list[Text]:
     tokenizer, both = models.pair.tokenizer, (models.pair.target, models.base)
     n_rows = models.pair.target.get_input_embeddings().weight.shape[0]
+    longest = min(model.config.max_position_embeddings for model in both)
     if request.text is not None:
-        longest = min(model.config.max_position_embeddings for model in both)
         return [typed_text(request.text, tokenizer, n_rows, longest)]
     assert request.data is not None
-    return held_out_texts(request.data, tokenizer, request.config.where.n, n_rows)
+    n = request.config.where.n
+    texts, beyond = held_out_texts(request.data, tokenizer, n, n_rows, longest)
+    if beyond:
+        models.notes.append(
+            f"of the first texts, {beyond:,} are left out, since they are longer than the context "
+            f"of the models, {longest:,} tokens"
+        )
+    return texts
 
 
 def _result(

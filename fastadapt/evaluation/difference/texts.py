@@ -16,24 +16,31 @@ from fastadapt.io.names import has_file
 from fastadapt.organism import resolve
 
 
-def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> list[Text]:
+def held_out_texts(
+    data: DataConfig, tokenizer: Any, n: int, n_rows: int, longest: int
+) -> tuple[list[Text], int]:
     """Return the first ``n`` conversations of ``data.validation``, or fewer if it has fewer.
+
+    Conversations longer than the models can read are left out; their number is returned too.
 
     Args:
         data: source and rendering. ``data.max_validation`` bounds ``n``.
         tokenizer: tokenizer of the pair.
         n: largest number of texts.
         n_rows: rows of the target's embedding.
+        longest: number of tokens that the models can read.
 
     Raises:
-        UserError: the source cannot be read, or a token has no embedding.
+        UserError: the source cannot be read or has no text that is short enough, or a token has no
+            embedding.
     """
     limit = min(n, data.max_validation or n)
     # The labels then begin with the first response, or with the text if it is no chat.
     data = replace(data, max_validation=limit, loss="assistant")
-    sequences = load_sequences(resolve(data.validation), tokenizer, data, split="validation")
+    source = resolve(data.validation)
+    sequences = load_sequences(source, tokenizer, data, split="validation", max_positions=longest)
     sequences.check_vocabulary(n_rows)
-    return [
+    texts = [
         Text(
             str(sequences.rows[sample.index] + 1),
             sample.input_ids.tolist(),
@@ -41,6 +48,7 @@ def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> lis
         )
         for sample in sequences
     ]
+    return texts, sequences.counts.beyond_model
 
 
 def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:

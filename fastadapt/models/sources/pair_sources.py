@@ -22,7 +22,7 @@ from fastadapt.models.pretrained import (
 )
 from fastadapt.models.sources import peft_loading
 from fastadapt.models.sources.checks import check_configs, tokenizer_notes
-from fastadapt.models.sources.fingerprint import fingerprint
+from fastadapt.models.sources.fingerprint import fingerprint, fingerprints
 from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft, is_quantised
 from fastadapt.organism import resolve
 
@@ -176,13 +176,15 @@ class Sources:
             return [f"base {config.base} has no tokenizer that can be read; the target's is used"]
         return tokenizer_notes(tokenizer, base)
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of each model's weights, by role."""
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Return the fingerprints of both models."""
         config = self.config
-        return {
-            "target": fingerprint(config.target, config.target_revision),
-            "base": fingerprint(config.base, config.base_revision),
-        }
+        return fingerprints(
+            {
+                "target": (config.target, config.target_revision),
+                "base": (config.base, config.base_revision),
+            }
+        )
 
     @property
     def has_separate_mlps(self) -> bool:
