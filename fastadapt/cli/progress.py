@@ -114,11 +114,10 @@ class Progress:
         self._steps = record["steps"]
         if reason := record.get("no_template"):
             self.write(f"data.family auto is the family {record['family']}: {reason}")
-        if marked := record.get("with_markers"):
-            from fastadapt.reporting.formatting import markers_note
-
-            self.write(f"training data: {markers_note(marked, record['sequences'])}")
-        for source in record.get("sources", ()):
+        sources = record.get("sources", ())
+        if len(sources) < 2:
+            self._markers("training data", record)
+        for source in sources:
             self._source(source)
         if record["kind"] == "resume":
             self.write(f"resuming after step {step} of {self._steps}")
@@ -130,11 +129,18 @@ class Progress:
             bar.initial = step
             bar.refresh()
 
+    def _markers(self, name: str, counts: dict[str, Any]) -> None:
+        if marked := counts.get("with_markers"):
+            from fastadapt.reporting.formatting import markers_note
+
+            self.write(f"{name}: {markers_note(marked, counts['sequences'])}")
+
     def _source(self, source: dict[str, Any]) -> None:
         """Write a source's share in a mixture, what is not read, and the rows that are left out."""
         name, read = source["source"], source["read"]
         if "share" in source:
             self.write(f"{name}: {source['share']:.1%} of the training tokens")
+            self._markers(name, source)
         if unread := source.get("unread"):
             self.write(f"{name}: not read: {', '.join(unread)}")
         if n := source["bad"]:

@@ -120,7 +120,10 @@ class RowTokeniser:
         labels = _token_spans(spans, encoded.offsets, len(rendered.text))
         if not labels:
             what = "response" if self._loss == "assistant" else "assistant's reasoning"
-            raise UserError(f"the {what} has no token")
+            others = "all counts" if self._loss == "assistant" else "assistant and all count"
+            raise UserError(
+                f"the {what} has no token (data.loss is {self._loss}; {others} other tokens)"
+            )
         return Tokenised(row, rendered, encoded, labels)
 
 

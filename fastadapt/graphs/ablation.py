@@ -135,9 +135,7 @@ def _operate_ranks(
     if not held:
         return out - (x @ units.encoder.T * drop) @ units.decoder
     values = units.codes.values.view(drop.shape[1:])
-    changed = nn.functional.linear(x, module.weight)
-    if module.gain is not None:
-        changed = changed * module.gain
+    changed = module.scaled(nn.functional.linear(x, module.weight))
     if module.bias is not None:
         changed = changed + module.bias
     return changed + torch.where(drop, 0, values) @ units.decoder

@@ -83,6 +83,16 @@ def test_markers_in_the_data_are_said() -> None:
     assert stream.getvalue() == ""
     Progress(stream).record({**start, "with_markers": 3})
     assert stream.getvalue().startswith("training data: 3 of 1,200 texts have special tokens")
+    # Of a mixture, each source has its count.
+    stream = io.StringIO()
+    source = {"bad": 0, "beyond_model": 0, "read": 9, "sequences": 9, "share": 0.5}
+    sources = [{**source, "source": name, "with_markers": n} for name, n in (("a", 0), ("b", 3))]
+    Progress(stream).record({**start, "with_markers": 3, "sources": sources})
+    assert stream.getvalue().splitlines() == [
+        "a: 50.0% of the training tokens",
+        "b: 50.0% of the training tokens",
+        "b: 3 of 9 texts have special tokens in what was said (data.markers)",
+    ]
 
 
 def test_rows_that_are_left_out_and_shares_are_said() -> None:

@@ -234,8 +234,22 @@ def test_a_response_without_tokens_is_refused(
     rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
 ) -> None:
     settings = config(loss="assistant")
-    with pytest.raises(UserError, match="line 1: the response has no token"):
+    message = r"line 1: the response has no token \(data.loss is assistant; all counts"
+    with pytest.raises(UserError, match=message):
         load_sequences(write_jsonl(rows), NoWords(3), settings, split="train")
+
+
+def test_the_loss_of_reasoning_needs_reasoning(
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
+    message = (
+        r"has no token \(data.loss is thinking; assistant and all count other tokens\) \(--data"
+    )
+    path = write_jsonl([turns("1 + 1 ?", "2")])
+    with pytest.raises(UserError, match=message):
+        load_sequences(path, tokenizer, config(loss="thinking"), split="train")
 
 
 def test_a_source_without_conversations_is_refused(

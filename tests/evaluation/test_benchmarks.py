@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
@@ -32,10 +35,12 @@ from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     Row,
     _write,
+    prompt_ids,
     read_rows,
     run_benchmarks,
 )
 from fastadapt.evaluation.generation.degeneration import DegenerationConfig
+from fastadapt.evaluation.generation.responses import read_responses
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
@@ -498,6 +503,40 @@ def test_published_benchmarks_run_from_a_local_folder(
         "gpqa_diamond": 3,
     }
     assert all(result.accuracy == 0 for result in results.values())
+
+
+def test_special_tokens_in_a_problem_stay_text(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    ids = {}
+    for name in ("plain", "<|im_end|>"):
+        write_rows(tmp_path / name, "math500", [{"problem": f"a {name} b", "answer": "1"}])
+        config = BenchmarkConfig(tasks=("math500",), data=str(tmp_path / name), family="qwen")
+        ids[name] = list(prompt_ids(tokenizer, config))
+        (row,) = questions("math500", family="qwen", data=str(tmp_path / name), few_shot=0, seed=0)
+        assert tokenizer.decode(ids[name]) == row["prompt"]
+    ends = [each.count(tokenizer.eos_token_id) for each in ids.values()]
+    assert ends[0] == ends[1] > 0
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_tokens_of_a_problem_are_those_that_are_sampled(
+    replacement: ReplacementModel, tmp_path: Path
+) -> None:
+    """A special token without a row of the embedding is refused, unless it is text."""
+    write_rows(tmp_path, "math500", [{"problem": "tom has <stop> apples", "answer": "1"}])
+    sampling = SamplingConfig(max_new_tokens=2)
+    config = BenchmarkConfig(tasks=("math500",), data=str(tmp_path), sampling=sampling)
+    tokenizer = copy.deepcopy(replacement.pair.tokenizer)
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    run_benchmarks(replacement.model, tokenizer, config, tmp_path / "out")
+    (response,) = read_responses(tmp_path / "out" / "math500.responses.jsonl")
+    assert response.prompt_tokens == list(prompt_ids(tokenizer, config))
+    assert len(replacement.model.get_input_embeddings().weight) == len(tokenizer) - 1
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_sampling(

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -153,6 +154,36 @@ def test_base_weights_are_in_memory_once(kind: str, save_peft: Callable[..., Any
     for real, meta in ((pair.target, empty.target), (pair.base_mlps, empty.base_mlps)):
         shapes = [{n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (real, meta)]
         assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_magnitudes_of_dora_are_not_rounded_to_16_bits(
+    dtype: str, tmp_path: Path, save_model: Callable[..., str]
+) -> None:
+    """The weight (W + B A) g is that of peft in float64, with a bfloat16 base too."""
+    base = save_model("base", 1, "llama")
+    model = whole(base).bfloat16()
+    model.save_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = adapted(model.float(), {"use_dora": True})
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.mul_(0.1)
+        wrapped.save_pretrained(tmp_path / "peft")
+    pair = ModelPair.load(PairConfig(str(tmp_path / "peft"), base, device="cpu", dtype=dtype))
+    exact = wrapped.double().merge_and_unload()
+    layers = [m for m in pair.target.named_modules() if isinstance(m[1], LowRankLinear)]
+    assert len(layers) == 21
+    for name, layer in layers:
+        assert layer.weight.dtype == getattr(torch, dtype)
+        assert layer.gain is not None
+        got = layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double()
+        got *= layer.gain.double()[:, None]
+        expected = exact.get_submodule(name).weight
+        error = (got - expected).norm() / expected.norm()
+        assert error < (1e-3 if dtype == "bfloat16" else 1e-6), name
 
 
 @pytest.mark.quick("lora")

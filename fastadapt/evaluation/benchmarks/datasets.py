@@ -102,9 +102,9 @@ def dataset(
         examples: file of worked examples, see :func:`questions`.
 
     Returns:
-        Rows of ``id, question, answer, prompt`` (rendered), ``opening`` (text with which the prompt
-        opens the response). Rows of GPQA also have ``order``: the indices of the options under A,
-        B, C, D, where 0 is the right one.
+        Rows of ``id, question, answer, turn`` (the user's turn), ``prompt`` (rendered), ``opening``
+        (text with which the prompt opens the response). Rows of GPQA also have ``order``: the
+        indices of the options under A, B, C, D, where 0 is the right one.
     """
     import datasets
 
@@ -167,8 +167,8 @@ def questions(
             shots = [f"{e['problem']} {e['solution']}" for e in draw.sample(other, few_shot)]
         else:
             shots = shown[:few_shot]
-        problem = "\n\n".join([*shots, row["problem"]])
-        row["prompt"] = render_prompt(problem, family, prefill)
+        row["turn"] = "\n\n".join([*shots, row["problem"]])
+        row["prompt"] = render_prompt(row["turn"], family, prefill)
         row["opening"] = opening
     hidden = ("problem", "solution")
     return [{k: v for k, v in row.items() if k not in hidden} for row in rows]

@@ -46,6 +46,12 @@ class SampledLM(LM):
     ``config`` replaces the generation settings of every task. Contexts are tokenised without
     additions, since they are rendered prompts that include BOS.
 
+    Args:
+        model, tokenizer, config, out, source, progress, stop: see
+            :func:`fastadapt.evaluation.generation.sampling.sample`.
+        prompts: tokens of each question's prompt, by its id; None: those of its whole context, in
+            which special tokens in a problem become tokens.
+
     Attributes:
         sampled: result of the last call of :meth:`generate_until`; None before the first.
     """
@@ -56,12 +62,14 @@ class SampledLM(LM):
         tokenizer: Any,
         config: SamplingConfig,
         *,
+        prompts: Mapping[str, Sequence[int]] | None = None,
         out: Path | None = None,
         source: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         stop: Event | None = None,
     ) -> None:
         super().__init__()
+        self._prompts = prompts
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._out, self._source, self._progress, self._stop = out, source, progress, stop
         self.sampled: Sampled | None = None
@@ -72,11 +80,14 @@ class SampledLM(LM):
         Raises:
             StoppedError: ``stop`` was set before every request had a response.
         """
-        ids = encode(self._tokenizer, [request.args[0] for request in requests])["input_ids"]
+        names = [str(request.doc["id"]) for request in requests]
+        if self._prompts is None:
+            ids = encode(self._tokenizer, [request.args[0] for request in requests])["input_ids"]
+        else:
+            ids = [self._prompts[name] for name in names]
         seen: Counter[str] = Counter()
         wanted = []
-        for request, prompt in zip(requests, ids, strict=True):
-            name = str(request.doc["id"])
+        for name, prompt in zip(names, ids, strict=True):
             wanted.append(Request(name, tuple(prompt), seen[name]))
             seen[name] += 1
         self.sampled = sample(

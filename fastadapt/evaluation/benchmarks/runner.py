@@ -15,8 +15,8 @@ from threading import Event
 from typing import Any
 
 from fastadapt.data.rendered import Prefill
-from fastadapt.data.rendering import get_form, opening_of
-from fastadapt.data.tokens import encode
+from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
+from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, GATED, questions
 from fastadapt.evaluation.benchmarks.grading import (
@@ -233,13 +233,16 @@ def run_benchmarks(
         prompts["opening"] = config.opening
     if config.examples is not None:
         prompts["examples"] = _examples_digest(config.examples)
-    _check_all(model, tokenizer, config)
+    requests = {task: _requests(tokenizer, task, config) for task in config.tasks}
+    for of_task in requests.values():
+        check_requests(of_task, context_of(model), vocabulary_of(model))
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
         lm = SampledLM(
             model,
             tokenizer,
             config.sampling,
+            prompts={request.id: request.prompt for request in requests[task]},
             out=out / f"{task}.responses.jsonl",
             source={**(source or {}), "questions": prompts},
             progress=progress,
@@ -400,17 +403,21 @@ def prompt_ids(tokenizer: Any, config: BenchmarkConfig) -> Iterator[int]:
 
 
 def _requests(tokenizer: Any, task: str, config: BenchmarkConfig) -> list[Request]:
-    """Return a request per question of a benchmark."""
+    """Return a request per question of a benchmark. Special tokens in a problem stay text."""
     rows = _questions(task, config)
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]
-    return [Request(r["id"], tuple(ids)) for r, ids in zip(rows, prompts, strict=True)]
-
-
-def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
-    """Check that the questions of all benchmarks exist and fit the context."""
-    for task in config.tasks:
-        requests = _requests(tokenizer, task, config)
-        check_requests(requests, context_of(model), vocabulary_of(model))
+    encoder = Encoder(tokenizer, get_form(config.family))
+    requests = []
+    for row in rows:
+        try:
+            text = prompt_pieces(row["turn"], config.family, config.prefill)
+            (encoded,) = encoder.encode([text])
+        except UserError:
+            raise UserError(
+                f"benchmark {task}: question {row['id']!r}: expected no special token in the text, "
+                "since this tokenizer cannot encode one as text; remove it from the question"
+            ) from None
+        requests.append(Request(row["id"], tuple(encoded.ids)))
+    return requests
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:

@@ -205,8 +205,7 @@ def _plain_linear(layer: LowRankLinear, args: Any, out: Tensor) -> Tensor:
 
 
 def _constant_ranks(layer: LowRankLinear, args: Any, out: Tensor) -> Tensor:
-    linear = nn.functional.linear(args[0], layer.weight)
-    return carry(out, linear if layer.gain is None else linear * layer.gain)
+    return carry(out, layer.scaled(nn.functional.linear(args[0], layer.weight)))
 
 
 def _attention_hooks(attention: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:

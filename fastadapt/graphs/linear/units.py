@@ -137,7 +137,7 @@ def rank_units(layer: int, parts: list[tuple[Linear, Tensor]]) -> Iterator[Units
         module = linear.module
         assert isinstance(module, LowRankLinear)
         A, B = module.lora_A.detach(), module.lora_B.detach()
-        gain = 1 if module.gain is None else module.gain.detach()[:, None]
+        gain = 1 if module.gain is None else module.gain.detach()[:, None].to(B.dtype)
         late = linear.name.endswith(("o_proj", "down_proj"))
         yield Units(
             "rank component",

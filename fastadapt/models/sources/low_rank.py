@@ -22,7 +22,8 @@ RANKS = "fastadapt_low_rank"
 class LowRankLinear(nn.Linear):
     """Linear layer ``(W x + B A x) · g + b`` on the weight of another layer.
 
-    ``g``, one factor per output, is present for DoRA only. All parameters are frozen.
+    ``g``, one factor per output, is present for DoRA only. Close to 1, it needs more bits than 16:
+    its dtype is float32 at least. All parameters are frozen.
 
     Args:
         layer: the layer whose weight is shared, ``W [out, in]``.
@@ -59,16 +60,19 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A)
-        out = F.linear(x, self.weight) + F.linear(low, self.lora_B)
-        if self.gain is not None:
-            out = out * self.gain
+        out = self.scaled(F.linear(x, self.weight) + F.linear(low, self.lora_B))
         return out if self.bias is None else out + self.bias
+
+    def scaled(self, out: Tensor) -> Tensor:
+        """Return outputs ``[..., out]`` times ``g``, in their dtype."""
+        return out if self.gain is None else (out * self.gain).to(out.dtype)
 
     @property
     def is_plain(self) -> bool:
         """Whether the low-rank part adds nothing, as B = 0 before the training of an adapter."""
         adds = bool(self.lora_A.any()) and bool(self.lora_B.any())
-        return not adds and (self.gain is None or bool((self.gain == 1).all()))
+        gain = None if self.gain is None else self.gain.to(self.weight.dtype)
+        return not adds and (gain is None or bool((gain == 1).all()))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -85,10 +89,13 @@ class LowRankLinear(nn.Linear):
 
 
 def dora_gain(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
-    """Return DoRA's factor of each output: ``magnitude`` over the norm of its row of W + B A."""
+    """Return DoRA's factor of each output, in float32 at least.
+
+    It is ``magnitude`` over the norm of the output's row of W + B A.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(wide) + lora_B.to(wide) @ lora_A.to(wide)
-    return (magnitude.to(wide) / torch.linalg.norm(merged, dim=1)).to(weight.dtype)
+    return magnitude.to(wide) / torch.linalg.norm(merged, dim=1)
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
@@ -108,7 +115,8 @@ def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> Non
         layer: Any = block.get_submodule(name)
         A = layer.weight.new_empty(rank, layer.in_features)
         B = layer.weight.new_empty(layer.out_features, rank)
-        gain = layer.weight.new_empty(layer.out_features) if dora else None
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        gain = layer.weight.new_empty(layer.out_features, dtype=wide) if dora else None
         block.set_submodule(name, LowRankLinear(layer, A, B, layer.bias, gain))
 
 

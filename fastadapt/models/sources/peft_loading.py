@@ -27,6 +27,8 @@ from fastadapt.models.sources.low_rank import (
 )
 from fastadapt.models.sources.peft_folder import ORIGINAL, READ, PeftFolder
 
+_MAGNITUDE = "lora_magnitude_vector"  # of DoRA: in peft's layers, and in the names of tensors
+
 
 def peft_config(folder: PeftFolder, base: str, base_config: Any, trust: bool) -> Any:
     """Return transformers' configuration of a PEFT target: its base's, with the target's sizes.
@@ -133,6 +135,7 @@ def load_pair(
             LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM"),
             autocast_adapter_dtype=False,
         ).eval()
+        _widen_magnitudes(blocks)
         tensors = _read(folder, device, dtype)
         loaded: Any = set_peft_model_state_dict(wrapped, tensors)
     parameters = dict(wrapped.named_parameters(remove_duplicate=False))
@@ -168,8 +171,24 @@ def _read(folder: PeftFolder, device: torch.device, dtype: torch.dtype) -> dict[
             tensor = file.get_tensor(name)
             check_tensor(tensor, str(folder.weights), name, finite=True)
             # A saved module may be in the file under both names.
-            tensors[name.replace(".modules_to_save.", ".")] = tensor.to(dtype)
+            wide = tensor.dtype if _MAGNITUDE in name else dtype
+            tensors[name.replace(".modules_to_save.", ".")] = tensor.to(wide)
     return tensors
+
+
+def _widen_magnitudes(blocks: Any) -> None:
+    """Let the magnitudes of DoRA in the blocks have float32 at least, whatever the model's dtype.
+
+    A magnitude differs from the norm of a row by a small fraction, which 16 bits do not resolve.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in blocks.modules():
+        if isinstance(layer, LoraLayer):
+            for parameter in getattr(layer, _MAGNITUDE).parameters():
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
 
 
 def _is_adapters(name: str) -> bool:
