@@ -6,6 +6,7 @@ rewritten. A checkpoint stores the base's MLPs as ``mlp.base`` and the adapters 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from torch import nn
 
 from fastadapt.adapter.files import read_settings
 from fastadapt.adapter.module import TranscoderAdapter
+from fastadapt.errors import UserError
 from fastadapt.models.adapted_mlp import AdaptedMLP, Mode, in_mode
 from fastadapt.models.architectures import ARCHITECTURES, Paths
 
@@ -69,6 +71,71 @@ class AdaptedModel(nn.Module):
             yield self
 
 
+class AdaptedCausalLM(AdaptedModel):
+    """Mixin of the causal language models: ``generate`` also returns features."""
+
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *args: Any,
+        output_features: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Call transformers' ``generate``; with ``output_features``, also return what fired.
+
+        The result then is a dictionary with ``features``: for each returned sequence, a list of
+        the codes of each layer, layer 0 first. Each has one entry per active feature: ``tokens``
+        (int64 ``[C]``, index into the sequence's row of ``sequences``), ``features`` (int64
+        ``[C]``) and ``values`` (the model's dtype, ``[C]``), ordered by token. A feature fires when
+        the model reads a token, so the last token of a response, which is drawn but never read,
+        has no entries; neither has padding. The tokens are those without the option.
+
+        Greedy search and sampling are supported, with padding, every cache, chunked prefill, and
+        without a cache. A forward that transformers would compile (a static cache on a GPU) runs
+        without compilation. The option costs one more product of each encoder, and on a GPU a
+        synchronization per layer and call. Without it, nothing is added.
+
+        Args:
+            inputs: prompts, int64 ``[B, T]``, or ``input_ids`` by name.
+            generation_config, args, kwargs: the other arguments of transformers' ``generate``.
+            output_features: also return the active features.
+
+        Raises:
+            UserError: with ``output_features``: beam search, assisted or paged generation, a cache
+                that holds tokens, a logits processor that reads other texts, the mode ``hybrid``,
+                ``return_dict_in_generate=False``, or no token ids.
+            RunError: with ``output_features``: the calls of the model did not read the returned
+                tokens one by one.
+
+        Example::
+
+            import fastadapt.serving
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            out = model.generate(**prompts, max_new_tokens=20, output_features=True)
+            codes = out.features[0][2]           # first sequence, layer 2
+            out.sequences[0][codes.tokens]       # the token of each entry
+        """
+        parent: Any = super()
+        if not output_features:
+            return parent.generate(inputs, generation_config, *args, **kwargs)
+        from fastadapt.models.generated_features import generate_with_features
+
+        names = list(inspect.signature(parent.generate).parameters)[2:]
+        kwargs |= dict(zip(names, args, strict=False))
+        return generate_with_features(self, parent.generate, inputs, generation_config, **kwargs)
+
+    def generate_batch(self, *args: Any, output_features: bool = False, **kwargs: Any) -> Any:
+        """Call transformers' ``generate_batch``, which does not return features."""
+        if output_features:
+            raise UserError(
+                "output_features: generate_batch packs the tokens of several prompts, and does not "
+                "return features; use generate"
+            )
+        parent: Any = super()
+        return parent.generate_batch(*args, **kwargs)
+
+
 def model_type_of(architecture: str) -> str:
     """Return the ``model_type`` of exported checkpoints (with adapters) of an architecture."""
     return PREFIX + architecture
@@ -96,7 +163,7 @@ def classes_of(architecture: str) -> tuple[type, type, type]:
         },
     )
 
-    def adapted(auto: Any, decoder: tuple[str, ...]) -> type:
+    def adapted(mixin: type, auto: Any, decoder: tuple[str, ...]) -> type:
         model = auto._model_mapping[plain]
         attributes = {
             "__module__": __name__,
@@ -106,9 +173,10 @@ def classes_of(architecture: str) -> tuple[type, type, type]:
             # transformers 5.16 allows SDPA for Gemma 2, but SDPA ignores its soft-capping.
             "_supports_sdpa": paths.attention == "sdpa",
         }
-        return type(f"Fastadapt{model.__name__}", (AdaptedModel, model), attributes)
+        return type(f"Fastadapt{model.__name__}", (mixin, model), attributes)
 
-    return config, adapted(AutoModel, ()), adapted(AutoModelForCausalLM, (paths.decoder,))
+    headless = adapted(AdaptedModel, AutoModel, ())
+    return config, headless, adapted(AdaptedCausalLM, AutoModelForCausalLM, (paths.decoder,))
 
 
 @cache
