@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test docs coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test docs notebooks coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,6 +51,9 @@ docs: $(VENV)/docs  ## the site of the pages and docstrings, in build/site; warn
 		--conf-dir docs/site --doctree-dir build/doctrees . build/site
 	@echo build/site/index.html
 
+notebooks: $(VENV)/docs  ## execute the notebooks of docs/notebooks anew, and store their outputs
+	PYTHONPATH=$(abspath $(VENV)/docs) $(BIN)/python docs/site/notebooks.py
+
 coverage: lint  ## the quick tests with coverage, which must reach the bound in pyproject.toml
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
@@ -93,8 +96,9 @@ lint: $(VENV)/.dev  ## ruff, mypy, banned identifiers
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/typecheck.py
 
-proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
+proof: lint $(VENV)/triton-3.6 $(VENV)/docs  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
 	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) $(COVERAGE) --durations=20
+	PYTHONPATH=$(abspath $(VENV)/docs) $(PYTEST) tests/cli/test_notebooks.py
 	FASTADAPT_PROOF=1 $(MAKE) prove-kernels
 	$(MAKE) bench
 	$(MAKE) docs
@@ -143,7 +147,7 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.eval
 	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
-# Sphinx and its theme, which nothing else imports. The docstrings come from the package in the environment.
+# Sphinx, its theme, and what executes notebooks, which nothing else imports. The docstrings come from the package in the environment.
 $(VENV)/docs: requirements-docs.lock $(VENV)/.runtime
 	rm -rf $@ $@.part
 	$(PIP) --no-deps --target $@.part -r requirements-docs.lock

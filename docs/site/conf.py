@@ -23,7 +23,13 @@ import fastadapt
 ROOT = Path(__file__).parents[2]
 
 SECTIONS = {
-    "Start": ("docs/first-hour", "docs/your-pair", "docs/h100"),
+    "Start": (
+        "docs/first-hour",
+        "docs/notebooks/first-hour",
+        "docs/your-pair",
+        "docs/notebooks/your-pair",
+        "docs/h100",
+    ),
     "Use": (
         "docs/where",
         "docs/data",
@@ -51,7 +57,7 @@ SECTIONS = {
 project = "fastadapt"
 release = version = fastadapt.__version__
 root_doc = "README"
-source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
 include_patterns = [
     "*.md",
     "docs/**",
@@ -60,7 +66,10 @@ include_patterns = [
     "benchmarks/NOTES.md",
 ]
 exclude_patterns = [".*", "build", "dist", "runs", "data", "tests"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+
+nb_execution_mode = "off"  # `make notebooks` executes them
+nb_merge_streams = True
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
@@ -98,7 +107,7 @@ def contents() -> str:
 
 def prepare_page(app: Sphinx, page: str, source: list[str]) -> None:
     """Name linked pages by their titles, not their files; add the contents to the first page."""
-    source[0] = re.sub(r"\[[\w-]+\.md\]\(", "[](", source[0])
+    source[0] = re.sub(r"\[[\w-]+\.(md|ipynb)\]\(", "[](", source[0])
     if page == root_doc:
         source[0] += contents()
 

@@ -36,6 +36,9 @@ def table_text(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool
     from rich.console import Console
 
     file = StringIO()
-    console = Console(file=file, width=_WIDTH, highlight=False, force_terminal=False)
+    # In a notebook, rich would display the table and write nothing to the file.
+    console = Console(
+        file=file, width=_WIDTH, highlight=False, force_terminal=False, force_jupyter=False
+    )
     console.print(rich_table(head, rows, left=left))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

@@ -4,19 +4,17 @@ Every Python block compiles, and its names resolve. Blocks whose fence says ``ru
 their order, in a folder with a finished run.
 """
 
-import ast
-import builtins
 import re
 import shlex
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from printed_code import lines, unresolved
 
 from fastadapt import load_run
 
@@ -31,11 +29,6 @@ README = PAGES["README.md"]
 def blocks(language: str, *pages: str) -> list[str]:
     text = "\n".join(PAGES[page] for page in pages or PAGES)
     return re.findall(rf"^```{language}(?: run)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def lines(*code: str) -> list[str]:
-    """Return the command lines of blocks; a backslash joins two lines of text."""
-    return "".join(code).replace("\\\n", " ").splitlines()
 
 
 def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,35 +119,6 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
             assert (ROOT / program).is_file()
             seen += 1
     assert seen == 89
-
-
-def unresolved(code: str) -> list[str]:
-    """Return the names that code uses and neither defines nor imports from what exists."""
-    nodes = list(ast.walk(ast.parse(code)))
-    modules: dict[str, Any] = {}
-    known, missing = set(dir(builtins)), []
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                modules[alias.asname or alias.name.partition(".")[0]] = import_module(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            module = import_module(node.module or "")
-            missing += [a.name for a in node.names if not hasattr(module, a.name)]
-            known |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            known.add(node.id)
-        elif isinstance(node, ast.arg):
-            known.add(node.arg)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            known.add(node.name)
-    for node in nodes:
-        if isinstance(node, ast.Name) and node.id not in known | modules.keys():
-            missing.append(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            imported = modules.get(node.value.id)
-            if imported is not None and not hasattr(imported, node.attr):
-                missing.append(f"{node.value.id}.{node.attr}")
-    return missing
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)])
