@@ -68,7 +68,8 @@ def gated_places(run: LoadedRun, n: int, seed: int) -> list[Gated]:
             "fastadapt train gated"
         )
     data = replace(run.config.data, max_validation=None)
-    texts = held_out_texts(data, tokenizer, _TEXTS, n_rows)
+    longest = run.model.model.config.max_position_embeddings
+    texts, _ = held_out_texts(data, tokenizer, _TEXTS, n_rows, longest)
     draw = random.Random(seed)
     by_text: dict[int, list[int]] = {}
     for place in slip_places(texts, strings):

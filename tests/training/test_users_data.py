@@ -144,7 +144,12 @@ def test_special_tokens_are_read_as_in_training(
     trained = sample.input_ids.tolist()
     assert (tokenizer.eos_token_id in trained[:-1]) == (markers == "tokens")
 
-    defaults = {"dtype": None, "device": None, "attention": None, "trust_remote_code": False}
+    defaults: dict[str, Any] = {
+        "dtype": None,
+        "device": None,
+        "attention": None,
+        "trust_remote_code": False,
+    }
     opened = open_run(str(run), CollectConfig(), **defaults)
     prepare(opened.source, tokenizer, Shard(), tmp_path / "texts.parquet", max_tokens=99)
     (text,) = read_group(tmp_path / "texts.parquet", ParquetFile(tmp_path / "texts.parquet"), 0)
