@@ -70,12 +70,13 @@ real: $(VENV)/.real  ## train and evaluate an adapter of a real LoRA of SmolLM2-
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/real/run
 
 # Each project in a folder of its own beside the locked environment: no two of them agree on versions.
-INTEROP := sae-lens eai-sparsify dictionary-learning nnsight
-interop: $(INTEROP:%=$(VENV)/interop-%)  ## round trips, spliced logits and the examples with the classes of four projects
+INTEROP := sae-lens eai-sparsify dictionary-learning nnsight vllm
+interop: $(INTEROP:%=$(VENV)/interop-%)  ## round trips, spliced logits and the examples with the classes of five projects
 	$(call with,sae-lens,tests/interop/real/check_sae_lens.py)
 	$(call with,eai-sparsify,tests/interop/real/check_eai_sparsify.py)
 	$(call with,dictionary-learning,tests/interop/real/check_dictionary_learning.py)
 	$(call with,nnsight,tests/interop/real/check_nnsight.py)
+	$(call with,vllm,tests/interop/real/check_vllm.py)
 	$(call with,sae-lens,examples/saelens.py)
 	$(call with,eai-sparsify,examples/eleuther_sparsify.py)
 	$(call with,dictionary-learning,examples/dictionary_trainers.py)

@@ -179,6 +179,20 @@ def classes_of(architecture: str) -> tuple[type, type, type]:
     return config, headless, adapted(AdaptedCausalLM, AutoModelForCausalLM, (paths.decoder,))
 
 
+def __getattr__(name: str) -> type:
+    """Return a class of :func:`classes_of` by its name.
+
+    A pickled configuration names its class. vLLM sends configurations to its worker processes,
+    which read them before they load plugins.
+    """
+    if name.startswith("Fastadapt"):
+        kinds = (kind for architecture in ARCHITECTURES for kind in classes_of(architecture))
+        for kind in kinds:
+            if kind.__name__ == name:
+                return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @cache
 def register() -> None:
     """Register configuration, model and tokenizer classes with transformers' ``Auto`` classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import json
 import shutil
@@ -209,7 +210,10 @@ def test_the_vllm_plugin_registers_each_architecture(monkeypatch: pytest.MonkeyP
         get_supported_archs=lambda: ["FastadaptLlamaForCausalLM"],
         register_model=registered.__setitem__,
     )
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    vllm = types.ModuleType("vllm")
+    vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    vllm.ModelRegistry = registry  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     entry.load()()
     names = {classes_of(architecture)[2].__name__ for architecture in ARCHITECTURES}
     assert set(registered) == names - {"FastadaptLlamaForCausalLM"}
