@@ -12,7 +12,7 @@ from reproduce.planted.differences import KINDS
 from reproduce.planted.scores import BUDGETS, INSPECTED, LEARNED, LEFT, UNKNOWN
 from reproduce.planted.units import ADAPTER, BASELINES, WEIGHTS
 
-#: Bounds that the issue of this benchmark set: least recall, most false discoveries.
+#: Bounds of the claims: least recall, most false discoveries.
 RECALL, FALSE = 0.8, 1.0
 #: Budgets of the columns of parts of the differences.
 _FEW = (BUDGETS[0], BUDGETS[1], BUDGETS[-1])
@@ -47,16 +47,16 @@ def _recall(result: Mapping[str, Any]) -> Table:
         ],
         f"Share of the planted differences that one of the first {units} or {most} units "
         f"describes; duplicates are skipped. {most} units are as many as {most / vocabulary:.0%} "
-        f"of the vocabulary, so the first columns say more. {_seeds(seeds)}, {k} differences "
+        f"of the vocabulary, so the first columns say more. {_seeds(seeds).capitalize()}, {k} differences "
         f"each, size {size}. Intervals of 95% over seeds, of the same kinds of differences, all "
         "from one base; where all seeds are equal, Wilson's over seeds and differences, as if they "
-        f"were independent. {WEIGHTS}: in place of rank-1 components of a LoRA, which the issue of "
-        "this benchmark named; the fine-tuning changes all weights.",
+        f"were independent. {WEIGHTS}: in place of rank-1 components of a LoRA, since the "
+        "fine-tuning changes all weights.",
     )
 
 
 def _seeds(seeds: list[int]) -> str:
-    return f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _claims(result: Mapping[str, Any]) -> Table:
