@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
 from fastadapt.data.tokens import Encoder, Markers, check_ids, encode
@@ -16,11 +18,21 @@ from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
+from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file
 from fastadapt.models.trained_files import read_adapters
-from fastadapt.training.config import load_config
+from fastadapt.training.config import move_old_keys
 
 RUN = "run"  # name of the run in RunContents.models
+
+
+class _DataSection(TypedDict, total=False):
+    markers: Markers
+    train_on_prompt: bool  # former key, of runs that read markers as tokens
+
+
+class _RunFile(TypedDict):
+    data: _DataSection
 
 
 def prompt_ids(
@@ -116,7 +128,11 @@ def _family(models: ModelSet) -> Spec | None:
 def _markers(models: ModelSet) -> Markers:
     """Return the run's ``data.markers``; ``text`` for a folder of adapters without settings."""
     path = _run_folder(models) / "config.yaml"
-    return load_config(path).data.markers if has_file(path) else "text"
+    if not has_file(path):
+        return "text"
+    # An intervention records pair and data alone, which are no whole configuration.
+    markers: Markers = move_old_keys(read_yaml(path, _RunFile))["data"].get("markers", "text")
+    return markers
 
 
 def check_text(models: ModelSet, ids: Sequence[int]) -> None:

@@ -38,7 +38,7 @@ from fastadapt.models.trained_files import read_adapters
 from fastadapt.reporting.formatting import number
 from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
-from fastadapt.training.config import load_config
+from fastadapt.training.config import recorded_config
 from fastadapt.training.logs.run_log import comparison, read_summary
 from fastadapt.training.run_dir import CONFIG, SUMMARY
 
@@ -53,7 +53,8 @@ class LoadedRun(RunContents):
     Attributes:
         models: the run under the name ``run``, with the pair's base, hybrid and target.
         store: the collected features, or None.
-        config: the run's configuration; None for a folder of adapters without one.
+        config: the run's configuration; None for an intervention, and for a folder of adapters
+            without one.
         source: the folder as typed, or the name of the repository on the hub.
         commit: commit of the repository; None for a folder.
     """
@@ -292,9 +293,9 @@ def load(
     if store is not None or has_file(located.folder / "features" / MANIFEST):
         adapter = adapter_digest(models.folder(RUN))
         collected = Store.open(store or located.folder, adapter=adapter)
-    config = located.folder / CONFIG
-    settings = load_config(config) if has_file(config) else None
-    return LoadedRun(models, collected, settings, located.name, located.commit)
+    return LoadedRun(
+        models, collected, recorded_config(located.folder / CONFIG), located.name, located.commit
+    )
 
 
 #: The name of :func:`load` in earlier versions.
