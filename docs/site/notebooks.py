@@ -52,7 +52,8 @@ def execute(notebook: NotebookNode) -> NotebookNode:
             record_timing=False,
             resources={"metadata": {"path": str(folder)}},
         )
-        client.create_kernel_manager().transport = "ipc"  # no port that others could connect to
+        manager = client.create_kernel_manager()
+        manager.transport, manager.ip = "ipc", f"{name}/kernel"  # no port of this machine
         return cleaned(client.execute(env=environment), folder)
 
 

@@ -32,14 +32,13 @@ from fastadapt.features.store.schema import MANIFEST
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.hub.download import locate
 from fastadapt.hub.push import Pushed, push
-from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.reporting.formatting import number
 from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
-from fastadapt.training.config import load_config
+from fastadapt.training.config import recorded_config
 from fastadapt.training.logs.run_log import comparison, read_summary
 from fastadapt.training.run_dir import CONFIG, SUMMARY
 
@@ -295,9 +294,7 @@ def load(
     if store is not None or has_file(located.folder / "features" / MANIFEST):
         adapter = adapter_digest(models.folder(RUN))
         collected = Store.open(store or located.folder, adapter=adapter)
-    config = located.folder / CONFIG
-    trained = has_file(config) and "run" in read_yaml(config)  # an intervention has no section run
-    settings = load_config(config) if trained else None
+    settings = recorded_config(located.folder / CONFIG)
     return LoadedRun(models, collected, settings, located.name, located.commit)
 
 

@@ -21,6 +21,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError, require
 from fastadapt.io.documents import read_yaml
+from fastadapt.io.names import has_file
 from fastadapt.models.baselines import Baseline, LoraConfig
 from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
@@ -299,6 +300,19 @@ def load_config(path: Path) -> TrainConfig:
         return typing.cast(TrainConfig, from_dict(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def recorded_config(path: Path) -> TrainConfig | None:
+    """Read the configuration of a training; None if the folder holds no result of one.
+
+    An intervention records the pair and the data of its run alone.
+
+    Raises:
+        UserError: see :func:`load_config`.
+    """
+    if not has_file(path) or "run" not in read_yaml(path, dict[str, Any]):
+        return None
+    return load_config(path)
 
 
 def take_trust(values: Any) -> bool:

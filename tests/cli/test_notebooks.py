@@ -177,10 +177,10 @@ def test_all_cells_run(path: Path, tmp_path: Path) -> None:
 )
 def test_a_cell_that_fails_ends_the_execution(code: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "failing.ipynb"
-    cell = {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": []}
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    failing = {"cells": [{**cell, "source": [code]}], "metadata": metadata}
-    path.write_text(json.dumps({**failing, "nbformat": 4, "nbformat_minor": 5}))
+    cell: dict[str, Any] = {"cell_type": "code", "execution_count": None, "id": "a"}
+    cell |= {"metadata": {}, "outputs": [], "source": [code]}
+    failing = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(failing))
     before = path.read_bytes()
     outcome = run_notebooks(path)
     assert outcome.returncode == 1

@@ -168,7 +168,9 @@ def test_runnable_blocks_run(
             assert outcome.code == 0, (line, outcome.err)
 
 
-@pytest.mark.parametrize("target", ["train", "test", "docs", "proof", "reproduce", "study", "real"])
+@pytest.mark.parametrize(
+    "target", ["train", "test", "docs", "notebooks", "proof", "reproduce", "study", "real"]
+)
 def test_the_make_targets_exist(target: str) -> None:
     assert any(f"make {target}" in page for page in PAGES.values())
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

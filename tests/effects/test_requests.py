@@ -11,6 +11,7 @@ from by_hand import random_adapters
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import fastadapt
 from fastadapt.adapter.files import save_adapters
 from fastadapt.data.contents import Content, Turn
 from fastadapt.data.sources import BadRows, Row
@@ -18,6 +19,8 @@ from fastadapt.data.tokenised import RowTokeniser
 from fastadapt.effects.requests import opening_ids, prompt_ids, response_ids
 from fastadapt.errors import UserError
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.interventions import Intervention
+from fastadapt.interventions.files import intervene, no_features
 from fastadapt.training.config import from_dict, save_config
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
@@ -104,3 +107,21 @@ def test_an_empty_prompt_is_refused_by_name(
     for prompt in ("", *(() if plain else (" \n",))):
         with pytest.raises(UserError, match=r"^prompt: expected a text, got none$"):
             prompt_ids(run, prompt, plain=plain)
+
+
+def test_an_intervention_reads_a_prompt_as_its_run(
+    open_run: Callable[..., ModelSet], tmp_path: Path
+) -> None:
+    """It records the data's settings, and no configuration of a training."""
+    models = open_run(family="qwen", markers="tokens")
+    run = tmp_path / "run"
+    changed = intervene(run, tmp_path / "changed", no_features(run), Intervention("only"))
+    assert fastadapt.load(run, device="cpu").config is not None
+    loaded = fastadapt.load(changed, device="cpu")
+    assert loaded.config is None
+    ids = prompt_ids(loaded.models, ASKED)
+    assert ids == prompt_ids(models, ASKED)
+    marker = models.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(marker) == 2  # the one in the words, and that of the turn
+    responses = loaded.generate(ASKED, max_new_tokens=3)
+    assert len(responses["adapter"].tokens) <= 3

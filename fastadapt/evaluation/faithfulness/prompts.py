@@ -67,6 +67,7 @@ class _DataSection(TypedDict):
     columns: NotRequired[str | None]
     bad_rows: NotRequired[Policy]
     markers: NotRequired[Markers]
+    train_on_prompt: NotRequired[object]  # of versions that read markers as tokens
 
 
 class _RunFile(TypedDict):
@@ -96,7 +97,7 @@ def held_out(run: Path) -> HeldOut | None:
         data.get("subset"),
         data.get("columns"),
         data.get("bad_rows", "stop"),
-        data.get("markers", "text"),
+        data.get("markers", "tokens" if "train_on_prompt" in data else "text"),
     )
 
 
