@@ -6,14 +6,14 @@ models. vLLM cannot switch adapters off. ``batch_topk`` needs a vLLM version who
 buffers, since its threshold is a buffer. The plugin has not been run on a GPU yet.
 
 vLLM calls the plugin in every process, whatever model it serves. The plugin therefore only adds
-names that begin with ``Fastadapt`` or ``fastadapt_``: no setting, patch or class of vLLM changes,
-and an error of the registration is logged instead of raised.
+names that begin with ``Fastadapt`` or ``fastadapt_``: no setting, patch or class of vLLM changes.
+The import of this module registers with transformers already. vLLM logs an error of that import,
+and serves other models all the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.hf_classes import classes_of
@@ -21,8 +21,6 @@ from fastadapt.models.hf_classes import register as register_with_transformers
 
 #: vLLM's class for causal language models of transformers. vLLM imports it when it is needed.
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-
-_log = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -34,16 +32,9 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    try:
-        register_with_transformers()
-        names = [classes_of(architecture)[2].__name__ for architecture in ARCHITECTURES]
-    except Exception:  # raised, it would end every vLLM process of this environment
-        _log.exception(
-            "fastadapt: its classes do not fit the installed transformers, so that vLLM cannot "
-            "load exported checkpoints of fastadapt; other models are not affected"
-        )
-        return
+    register_with_transformers()
     known = ModelRegistry.get_supported_archs()
-    for name in names:
+    for architecture in ARCHITECTURES:
+        name = classes_of(architecture)[2].__name__
         if name not in known:
             ModelRegistry.register_model(name, BACKEND)
