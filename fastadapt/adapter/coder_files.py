@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
@@ -137,6 +138,30 @@ def fill(empty: SparseCoder, weights: Mapping[str, Tensor]) -> SparseCoder:
     coder = copy.deepcopy(empty)
     coder.load_state_dict(weights, assign=True)
     return coder
+
+
+def thresholds_of(coder: SparseCoder) -> Tensor:
+    """Return the thresholds ``[F]`` of JumpReLU, or of BatchTopK in ``eval()``.
+
+    They have the weights' dtype, and the same features fire: see :func:`round_down`.
+    """
+    assert coder.threshold is not None
+    thresholds = round_down(coder.threshold.detach(), coder.W_enc.dtype)
+    return thresholds.expand(coder.n_features).contiguous()
+
+
+def round_down(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest values of a dtype that are not above the thresholds.
+
+    A pre-activation of the dtype is above a threshold exactly if it is above the rounded one.
+
+    Example:
+        >>> float(round_down(torch.tensor(0.3019), torch.bfloat16))
+        0.30078125
+    """
+    rounded = thresholds.to(dtype)
+    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.double() > thresholds.double(), below, rounded)
 
 
 def describe_coder(coder: SparseCoder) -> dict[str, Any]:

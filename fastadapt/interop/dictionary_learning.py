@@ -35,7 +35,7 @@ from typing_extensions import NotRequired, TypedDict
 from fastadapt.adapter.coder import SparseCoder
 from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, fill
 from fastadapt.adapter.files import MAX_FEATURES, MAX_LAYERS, MAX_WIDTH
-from fastadapt.adapter.hooks import MLP_HOOKS, PLACES, Hooks
+from fastadapt.adapter.hooks import MLP_HOOKS, PLACES, Hook, Hooks
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.adapter.sae import SAE, Transcoder
 from fastadapt.errors import UserError
@@ -64,6 +64,8 @@ _SUBTRACTING = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "batch_topk": 
 _PLAIN = {"relu": "AutoEncoderNew", "jumprelu": "JumpReluAutoEncoder"}
 #: Places of a dictionary that configurations name, as in ``resid_post_layer_3``.
 _PLACES = ("resid_post", "mlp_out", "attn_out")
+#: Vocabulary of a hook of which only the name in a configuration is known.
+_VOCABULARY = "dictionary_learning"
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -105,6 +107,7 @@ def class_of(coders: CoderSet) -> str:
             f"{'no' if getattr(coder, 'W_skip', None) is None else 'a'} skip; export to the "
             "format saelens"
         )
+    _check_place(coders)
     subtracts = isinstance(coder, SAE) and coder.subtract_b_dec
     classes = _SUBTRACTING if subtracts else _PLAIN
     if coder.config.activation not in classes:
@@ -114,6 +117,30 @@ def class_of(coders: CoderSet) -> str:
             f"{coder.config.activation}; export to the format saelens"
         )
     return classes[coder.config.activation]
+
+
+def _check_place(coders: CoderSet) -> None:
+    """Raise ``UserError`` unless a configuration can name where the coders read and write."""
+    expected = None
+    if not isinstance(coders.empty, SAE):
+        if coders.hooks != MLP_HOOKS:
+            expected = "transcoders from the input to the output of the MLP"
+    elif coders.hooks.input != coders.hooks.output or _submodule(coders.hooks, 0) is None:
+        expected = f"SAEs of {', '.join(_PLACES)}, or of a place that it has named"
+    if expected is not None:
+        raise UserError(
+            f"dictionary_learning needs {expected}, got the hooks {dict(coders.hooks.input)!r:.80} "
+            f"and {dict(coders.hooks.output)!r:.80}; export to the format saelens"
+        )
+
+
+def _submodule(hooks: Hooks, layer: int) -> str | None:
+    """Return the name of an SAE's place in a configuration; None if there is no name."""
+    for place in _PLACES:
+        if hooks.output == PLACES[place]:
+            return f"{place}_layer_{layer}"
+    name = hooks.output.get(_VOCABULARY)
+    return None if name is None else name.replace("{layer}", str(layer))
 
 
 def _tensors(coder: SparseCoder, name: str) -> dict[str, Tensor]:
@@ -146,14 +173,14 @@ def _whole_k(coder: SparseCoder) -> int:
 
 def _config(coders: CoderSet, name: str, layer: int) -> dict[str, Any]:
     coder, is_sae = coders.empty, isinstance(coders.empty, SAE)
-    place = next((place for place in _PLACES if coders.hooks.output == PLACES[place]), None)
+    submodule = _submodule(coders.hooks, layer) if is_sae else f"mlp_out_layer_{layer}"
     trainer: dict[str, Any] = {
         "dict_class": name,
         "activation_dim": coder.d_in,
         "dict_size": coder.n_features,
         "layer": layer,
         "lm_name": coders.model,
-        "submodule_name": None if place is None else f"{place}_layer_{layer}",
+        "submodule_name": submodule,
     }
     if coder.config.k is not None:
         trainer["k"] = _whole_k(coder)
@@ -218,17 +245,34 @@ def _read(folder: Path) -> CoderSet:
     file = folder / CONFIG
     config: ConfigFile = read_json(file, ConfigFile)
     trainer = config["trainer"]
-    is_transcoder = config.get("buffer", {}).get("io") == "in_and_out"
+    io = config.get("buffer", {}).get("io") or "out"
+    if io not in ("out", "in_and_out"):
+        raise UserError(
+            f"{file}: buffer.io: expected out, a dictionary of a module's output, or in_and_out, a "
+            f"transcoder, got {io!r:.80}"
+        )
+    is_transcoder = io == "in_and_out"
     empty = _empty(trainer, is_transcoder, file)
     hooks = MLP_HOOKS
     if not is_transcoder:
-        submodule = (trainer.get("submodule_name") or "").rpartition("_layer_")[0]
-        place = PLACES.get(submodule) if submodule in _PLACES else None
-        hook = place or {"dictionary_learning": trainer.get("submodule_name") or "unknown"}
+        hook = _hook(trainer.get("submodule_name"), trainer.get("layer"))
         hooks = Hooks(hook, hook)
     weights = folder / WEIGHTS
     layers = {trainer.get("layer") or 0: partial(_read_weights, weights, empty, trainer)}
     return CoderSet(empty, layers, hooks, trainer.get("lm_name"))
+
+
+def _hook(name: str | None, layer: int | None) -> Hook:
+    """Return the place that a configuration names."""
+    if name is None:
+        return {"unknown": "unknown"}
+    place = name.rpartition("_layer_")[0]
+    if place in _PLACES:
+        return PLACES[place]
+    number = f"_layer_{layer}"
+    if name.endswith(number):
+        name = name.removesuffix(number) + "_layer_{layer}"
+    return {_VOCABULARY: name}
 
 
 def _empty(trainer: _Trainer, is_transcoder: bool, file: Path) -> SparseCoder:

@@ -40,6 +40,7 @@ class Format:
         loading: Python code that loads what is written in a folder.
         has_topk: whether the format has transcoders with TopK.
         splice: further code, for adapters and transcoders with a skip.
+        notes: module with ``notes(folder)``, sentences about a written layer.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Format:
     loading: str
     has_topk: bool = True
     splice: str = ""
+    notes: str = ""
 
     def holds(self, path: Path) -> bool:
         """Return whether a folder is of this format, as far as the names of its files show."""
@@ -73,6 +75,7 @@ FORMATS = {
         ("layer_*",),
         "from sae_lens import SAE; sae = SAE.load_from_disk({folder!r} + '/layer_{layer}')",
         splice="; from fastadapt.interop.saelens import attach; attach(model, [sae])",
+        notes="saelens_splice",
     ),
     "sparsify": Format(
         "sparsify",
@@ -116,8 +119,8 @@ def export_coders(
         overwrite: replace an export once the new one is complete.
 
     Returns:
-        Python code that loads the export; and, for transcoders with TopK in a format without it,
-        what the fitted thresholds cost in each layer.
+        Python code that loads the export, with notes on further lines; and, for transcoders with
+        TopK in a format without it, what the fitted thresholds cost in each layer.
 
     Raises:
         UserError: the format cannot hold the coders without a change of what they compute, or the
@@ -134,9 +137,13 @@ def export_coders(
     with writing_folder(out, last=RECORD) as staged:
         form.write(coders, staged)
         _record(staged / RECORD, name, coders)
-    loading = form.loading.format(folder=str(out.resolve()), layer=next(iter(coders.layers)))
+    first = next(iter(coders.layers))
+    loading = form.loading.format(folder=str(out.resolve()), layer=first)
     if coders.is_additive or getattr(coders.empty, "W_skip", None) is not None:
         loading += form.splice
+    if form.notes:
+        notes = import_module(f"fastadapt.interop.{form.notes}").notes(out / f"layer_{first}")
+        loading = "\n".join([loading, *notes])
     return loading, fits
 
 

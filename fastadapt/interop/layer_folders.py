@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastadapt.adapter.coder_files import CoderSet, describe_coder
@@ -46,14 +47,15 @@ def one_shape(sets: Sequence[CoderSet], path: Path) -> CoderSet:
                 f"{path}: expected one coder per layer, got two of layer {layer}; read their "
                 "folders one by one"
             )
-        if (describe_coder(each.empty), each.hooks, each.model) != (
+        if (describe_coder(each.empty), each.hooks, each.model, each.metadata) != (
             describe_coder(first.empty),
             first.hooks,
             first.model,
+            first.metadata,
         ):
             raise UserError(
                 f"{path}: layer {layer} differs from layer {next(iter(first.layers))} in "
-                "architecture, settings, widths, hooks or model; read their folders one by one"
+                "architecture, settings, widths, hooks or models; read their folders one by one"
             )
         layers[layer] = read
-    return CoderSet(first.empty, dict(sorted(layers.items())), first.hooks, first.model)
+    return replace(first, layers=dict(sorted(layers.items())))

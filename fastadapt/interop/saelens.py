@@ -16,29 +16,27 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.adapter.coder import SparseCoder
-from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, HooksSection, fill
-from fastadapt.adapter.files import MAX_FEATURES, MAX_WIDTH
+from fastadapt.adapter.coder_files import CoderSet, fill, thresholds_of
 from fastadapt.adapter.hooks import PLACES, Hooks, find_hook, name_hook
-from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.adapter.sae import SAE, Transcoder
+from fastadapt.adapter.sae import SAE
 from fastadapt.errors import UserError
 from fastadapt.interop.layer_folders import find_folders, one_shape
+from fastadapt.interop.pair_facts import facts_of_pair, samples_of_base, with_model_type
+from fastadapt.interop.saelens_config import CONFIG, ConfigFile, check_place, empty_coder
 from fastadapt.interop.saelens_splice import attach
 from fastadapt.io.atomic import save_tensors
-from fastadapt.io.documents import Finite, Name, Positive, read_json
+from fastadapt.io.documents import read_json
 from fastadapt.io.tensors import read_tensors
 from fastadapt.models.architectures import ARCHITECTURES
 
 __all__ = ["attach", "read", "write"]
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+WEIGHTS = "sae_weights.safetensors"
 #: Version of SAELens whose files these are; an older version in a file selects an older schema.
 VERSION = "6.54.12"
 
@@ -48,16 +46,6 @@ _TRANSCODERS = {
     "relu": "transcoder",
     "jumprelu": "jumprelu_transcoder",
     "batch_topk": "jumprelu_transcoder",
-}
-#: The activation of each architecture that is read.
-_ACTIVATIONS = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
 }
 #: Hook names that ``add_sae`` does not find, with what to do.
 _GUARDS = {
@@ -76,7 +64,8 @@ def write(coders: CoderSet, folder: Path) -> None:
         UserError: SAELens has no transcoder with TopK.
         OSError, SafetensorError: the folder cannot be written.
     """
-    architecture = architecture_of(coders.empty)
+    architecture, coders = architecture_of(coders.empty), with_model_type(coders)
+    pair, samples = facts_of_pair(coders), samples_of_base(coders)
     for layer, coder in coders.coders():
         path = folder / f"layer_{layer}"
         path.mkdir()
@@ -84,6 +73,8 @@ def write(coders: CoderSet, folder: Path) -> None:
         save_tensors(tensors, path / WEIGHTS)
         dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
         config = _config(coders, architecture, layer) | {"dtype": dtype}
+        known = {"base_mlp": samples[layer]} if layer in samples else {}
+        config["metadata"]["fastadapt"] |= {**pair, **known}
         (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -116,8 +107,7 @@ def _tensors(coder: SparseCoder) -> dict[str, Tensor]:
     if (skip := getattr(coder, "W_skip", None)) is not None:
         tensors["W_skip"] = skip
     if coder.threshold is not None:
-        thresholds = coder.threshold.detach().to(coder.W_enc.dtype)
-        tensors["threshold"] = thresholds.expand(coder.n_features).contiguous()
+        tensors["threshold"] = thresholds_of(coder)
     return tensors
 
 
@@ -150,6 +140,8 @@ def _config(coders: CoderSet, architecture: str, layer: int) -> dict[str, Any]:
         metadata["hook_name_out"] = writes[-1]
     metadata["fastadapt"] = {
         "additive": coders.is_additive,
+        "layer": layer,
+        "architecture": coders.metadata.get("architecture"),
         "reads": reads,
         "writes": writes,
         "hooks": {role: dict(hook) for role, hook in hooks._asdict().items()},
@@ -181,46 +173,6 @@ def _names(hook: Mapping[str, str], layer: int, metadata: Mapping[str, Any]) -> 
 # --- reading --------------------------------------------------------------------------------------
 
 
-class _Facts(TypedDict):
-    additive: bool
-    hooks: HooksSection
-    bandwidth: NotRequired[Finite | None]
-    initial_threshold: NotRequired[Finite | None]
-
-
-class _Metadata(TypedDict, total=False):
-    model_name: Name | None
-    hook_name: Name | None
-    hook_name_out: Name | None
-    fastadapt: _Facts | None
-
-
-class _Arguments(TypedDict, total=False):
-    k: Positive
-
-
-class ConfigFile(TypedDict):
-    """Keys of ``cfg.json`` that are read; those of older versions are below ``metadata``."""
-
-    d_in: Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
-    d_sae: Annotated[int, msgspec.Meta(ge=1, le=MAX_FEATURES)]
-    d_out: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]]
-    architecture: NotRequired[Name]
-    k: NotRequired[Positive]
-    apply_b_dec_to_input: NotRequired[bool]
-    normalize_activations: NotRequired[str | bool | None]
-    reshape_activations: NotRequired[str | None]
-    rescale_acts_by_decoder_norm: NotRequired[bool]
-    finetuning_scaling_factor: NotRequired[bool | None]
-    metadata: NotRequired[_Metadata]
-    activation_fn: NotRequired[str | None]
-    activation_fn_str: NotRequired[str | None]
-    activation_fn_kwargs: NotRequired[_Arguments | None]
-    model_name: NotRequired[Name | None]
-    hook_name: NotRequired[Name | None]
-    hook_point: NotRequired[Name | None]
-
-
 def read(path: Path) -> CoderSet:
     """Read a folder of SAELens, or one with a folder per layer, on the CPU.
 
@@ -235,83 +187,25 @@ def read(path: Path) -> CoderSet:
 def _read(folder: Path) -> CoderSet:
     file = folder / CONFIG
     config: ConfigFile = read_json(file, ConfigFile)
-    older = {key: config.get(key) for key in ("model_name", "hook_name")}
+    keys = ("model_name", "hook_name", "hook_head_index", "model_from_pretrained_kwargs")
+    older: dict[str, Any] = {key: config.get(key) for key in keys}
     older["hook_name"] = older["hook_name"] or config.get("hook_point")
+    if older["hook_head_index"] is None:
+        older["hook_head_index"] = config.get("hook_point_head_index")
     metadata: Any = {**older, **config.get("metadata", {})}
     facts = metadata.get("fastadapt")
-    empty = _empty(config, facts, file)
+    empty = empty_coder(config, facts, file)
     name = metadata.get("hook_name") or "unknown"
     name_out = metadata.get("hook_name_out") or name
     hook, layer = find_hook(name, "transformer_lens")
     hooks = Hooks(hook, find_hook(name_out, "transformer_lens")[0])
     if facts is not None:
         hooks = Hooks(facts["hooks"]["input"], facts["hooks"]["output"])
+    check_place(metadata, hooks, file)
+    pair = ("base", "revisions", "interventions")
+    known = {key: facts[key] for key in pair if facts and facts.get(key)}
     layers = {layer: partial(_read_weights, folder / WEIGHTS, empty)}
-    return CoderSet(empty, layers, hooks, metadata.get("model_name"))
-
-
-def _empty(config: ConfigFile, facts: Any, file: Path) -> SparseCoder:
-    """Return a module on the meta device for the coder that ``cfg.json`` describes."""
-    architecture, k = config.get("architecture", "standard"), config.get("k")
-    function = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
-    if function == "topk":  # of versions before 6
-        architecture = "topk"
-        k = (config.get("activation_fn_kwargs") or {}).get("k", k)
-    elif function != "relu":
-        raise UserError(f"{file}: activation_fn: expected relu or topk, got {function!r:.80}")
-    if architecture not in _ACTIVATIONS:
-        raise UserError(
-            f"{file}: architecture: expected one of {', '.join(_ACTIVATIONS)}, got "
-            f"{architecture!r:.80}"
-        )
-    for key, plain in (
-        ("normalize_activations", ("none", False, None)),
-        ("reshape_activations", ("none", None)),
-        ("rescale_acts_by_decoder_norm", (False,)),
-        ("finetuning_scaling_factor", (False, None)),
-    ):
-        if (value := config.get(key, plain[0])) not in plain:
-            raise UserError(
-                f"{file}: {key}: expected {plain[0]}, got {value!r:.80}; fold the scaling into the "
-                "weights in SAELens, and save the coder again"
-            )
-    activation = _ACTIVATIONS[architecture]
-    settings: dict[str, Any] = {"n_features": config["d_sae"], "activation": activation}
-    if activation == "topk":
-        if k is None or k > config["d_sae"]:
-            raise UserError(f"{file}: k: expected 1 to d_sae={config['d_sae']}, got {k}")
-        settings["k"] = k
-    if activation == "jumprelu":
-        known = {key: (facts or {}).get(key) for key in JUMPRELU}
-        settings |= {**JUMPRELU, **{k: v for k, v in known.items() if v is not None}}
-    try:
-        return _module(config, architecture, AdapterConfig(**settings), facts, file)
-    except UserError as error:
-        if str(error).startswith(str(file)):
-            raise
-        raise UserError(f"{file}: {error}") from None
-
-
-def _module(
-    config: ConfigFile, architecture: str, settings: AdapterConfig, facts: Any, file: Path
-) -> SparseCoder:
-    d_in, subtract = config["d_in"], config.get("apply_b_dec_to_input", True)
-    if "transcoder" not in architecture:
-        if facts is not None and facts["additive"]:
-            raise UserError(f"{file}: metadata.fastadapt.additive: expected false for an SAE")
-        return SAE(d_in, settings, subtract_b_dec=subtract, device="meta")
-    if subtract:
-        raise UserError(
-            f"{file}: apply_b_dec_to_input: expected false for a transcoder, got {subtract}"
-        )
-    d_out = config.get("d_out")
-    if d_out is None:
-        raise UserError(f"{file}: d_out is missing, the width of a transcoder's output")
-    if facts is not None and facts["additive"]:
-        if "skip" in architecture:
-            raise UserError(f"{file}: architecture: an adapter has no skip, got {architecture}")
-        return TranscoderAdapter(d_in, settings, d_out=d_out, device="meta")
-    return Transcoder(d_in, settings, d_out, skip="skip" in architecture, device="meta")
+    return CoderSet(empty, layers, hooks, metadata.get("model_name"), known)
 
 
 def _read_weights(file: Path, empty: SparseCoder) -> SparseCoder:

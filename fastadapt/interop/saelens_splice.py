@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastadapt.adapter.hooks import PLACES
 from fastadapt.errors import UserError
+from fastadapt.interop.pair_facts import sample
+from fastadapt.interop.saelens_config import CONFIG
+from fastadapt.organism import NAMES
+
+#: Attribute of a hook point with the handle of the coder's hook on it.
+_ATTACHED = "_fastadapt_attached"
 
 
 def attach(model: Any, coders: Iterable[Any]) -> None:
     """Attach coders that SAELens has loaded to a model, so that they compute what they do here.
 
     The output of an adapter is added to that of the MLP; the model must be the hybrid, the target
-    with the base's MLPs. The output of a transcoder, its skip included, takes the MLP's place.
+    with the base's MLPs, or the target itself for features that were added to it
+    (``fastadapt intervene --onto-target``). Values of the MLPs are compared with those in the
+    file, if it has them. The output of a transcoder, its skip included, takes the MLP's place.
     Hooks of the coders (``hook_sae_acts_post``) are called, so their features can be read and
     changed. ``model.reset_hooks(including_permanent=True)`` detaches all.
 
@@ -24,7 +36,8 @@ def attach(model: Any, coders: Iterable[Any]) -> None:
         coders: SAEs and transcoders of SAELens, from files that fastadapt wrote.
 
     Raises:
-        UserError: the file of a coder is of another origin, or the model lacks a hook.
+        UserError: the file of a coder is of another origin; the model lacks a hook, has folded
+            norms or other MLPs; or a coder is attached to the place already. Nothing is attached.
 
     Example::
 
@@ -32,7 +45,12 @@ def attach(model: Any, coders: Iterable[Any]) -> None:
         attach(model, [sae])
         logits = model(tokens)
     """
-    prepared = []
+    if str(getattr(getattr(model, "cfg", None), "normalization_type", "")).endswith("Pre"):
+        raise UserError(
+            "the weights of the norms are folded into this model, so its MLPs read another input "
+            "than the coders were trained on; load it with from_pretrained_no_processing"
+        )
+    prepared, taken = [], set()
     for coder in coders:
         facts = getattr(coder.cfg.metadata, "fastadapt", None)
         if not isinstance(facts, Mapping):
@@ -40,22 +58,114 @@ def attach(model: Any, coders: Iterable[Any]) -> None:
                 "expected coders from files that fastadapt wrote, got one without "
                 "metadata.fastadapt in its cfg.json; attach it with model.add_sae"
             )
-        points = [_point(model, facts[key]) for key in ("reads", "writes")]
+        points = [_point(model, facts[key], facts) for key in ("reads", "writes")]
+        if id(points[1]) in taken or _is_attached(points[1]):
+            raise UserError(
+                f"a coder is attached to {facts['writes'][-1]} already, and a second one would "
+                "count twice; detach all with model.reset_hooks(including_permanent=True)"
+            )
+        taken.add(id(points[1]))
+        if (recorded := facts.get("base_mlp")) is not None:
+            name = getattr(coder.cfg.metadata, "model_name", None)
+            _check_mlp(model, recorded, facts, name)
         prepared.append((_Splice(coder, additive=facts["additive"]), *points))
     for splice, read_point, write_point in prepared:
         read_point.add_hook(splice.read, is_permanent=True)
         write_point.add_hook(splice.write, is_permanent=True)
+        setattr(write_point, _ATTACHED, write_point.fwd_hooks[-1])
 
 
-def _point(model: Any, names: list[str]) -> Any:
+def _is_attached(point: Any) -> bool:
+    """Return whether a coder's hook is on a hook point, and was not removed since."""
+    handle = getattr(point, _ATTACHED, None)
+    return handle is not None and any(handle is each for each in point.fwd_hooks)
+
+
+def _check_mlp(
+    model: Any, recorded: Sequence[float], facts: Mapping[str, Any], name: str | None
+) -> None:
+    """Raise ``UserError`` unless a layer's MLP has the recorded values, rounded as the model's."""
+    weights = model.blocks[facts["layer"]].mlp.W_out.detach().T
+    values = torch.tensor(sample(weights, weights.shape), dtype=torch.float64)
+    exact = torch.tensor(recorded, dtype=torch.float64)
+    # A model that had 16 bits before it had 32 holds the rounded values.
+    for dtype in (weights.dtype, torch.bfloat16, torch.float16):
+        if torch.equal(exact.to(dtype).double(), values):
+            return
+    raise UserError(
+        f"the MLP of layer {facts['layer']} is not that of {facts['base']}, to whose output these "
+        f"adapters are added. {recipe(facts, name)}"
+    )
+
+
+def recipe(facts: Mapping[str, Any], name: str | None = None) -> str:
+    """Return how the model is loaded to which adapters are attached.
+
+    Args:
+        facts: ``metadata.fastadapt`` of a file.
+        name: name of the target; ``TARGET`` if it is not known.
+    """
+    base, revisions = facts.get("base"), facts.get("revisions") or {}
+    target = "TARGET" if name is None else _model(name, revisions.get("target"))
+    lines = [f"target = {target}"]
+    if base is not None and base == name:
+        text = "Attach to the target itself, with its own MLPs:"
+    else:
+        text = "Attach to the hybrid, the target with the base's MLPs:"
+        lines.append(f"base = {'BASE' if base is None else _model(base, revisions.get('base'))}")
+        lines.append(
+            "for block, other in zip(target.model.layers, base.model.layers): block.mlp = other.mlp"
+        )
+    lines.append(
+        "model = HookedSAETransformer.from_pretrained_no_processing(NAME, hf_model=target)"
+    )
+    return "\n  ".join([text, *lines])
+
+
+def notes(folder: Path) -> list[str]:
+    """Return what a user of an export must know: to which model it is attached, and what it lacks.
+
+    Args:
+        folder: the folder of a layer.
+    """
+    metadata = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["metadata"]
+    facts, name = metadata["fastadapt"], metadata["model_name"]
+    lines = []
+    if facts["additive"]:
+        lines.append(recipe(facts, name))
+        if "base_mlp" not in facts:
+            lines.append(
+                "The base's weights were not read, as they are not on this machine or the source "
+                "names no base: attach cannot check that the model has the base's MLPs."
+            )
+    if facts["architecture"] is None and facts["hooks"]["output"] == PLACES["mlp_out"]:
+        lines.append(
+            "The target's config.json is not on this machine (--target FOLDER names it): without "
+            "its architecture the files name a hook that SAETransformerBridge has, and "
+            "HookedSAETransformer does not."
+        )
+    return lines
+
+
+def _model(name: str, revision: str | None) -> str:
+    source = NAMES.get(name, name)
+    at_commit = "" if revision is None else f", revision={revision!r}"
+    return f"AutoModelForCausalLM.from_pretrained({str(source)!r}{at_commit})"
+
+
+def _point(model: Any, names: Sequence[str], facts: Mapping[str, Any]) -> Any:
     """Return the hook point of a model that has one of the names."""
     for name in names:
         if name in model.hook_dict:
             return model.hook_dict[name]
-    raise UserError(
-        f"the model has no hook {' or '.join(names)}; load it as HookedSAETransformer or "
-        "SAETransformerBridge"
-    )
+    expected = "HookedSAETransformer or SAETransformerBridge"
+    if facts.get("architecture") is None:
+        expected = (
+            "SAETransformerBridge, or export again where the target's config.json can be read "
+            "(fastadapt export --target FOLDER): the files do not say its architecture, and so "
+            "not whether a norm follows the MLP"
+        )
+    raise UserError(f"the model has no hook {' or '.join(names)}; load it as {expected}")
 
 
 class _Splice:

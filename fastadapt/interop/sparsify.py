@@ -59,6 +59,12 @@ def write(coders: CoderSet, folder: Path) -> None:
     """
     check_writable(coders)
     config = _config(coders.empty)
+    names = [_module_name(coders.hooks, layer) for layer in coders.layers]
+    if len(set(names)) < len(names):
+        raise UserError(
+            "sparsify needs a module for each layer, and layers "
+            f"{', '.join(map(str, coders.layers))} are all of {names[0]!r:.80}: hooks.output.huggingface has no {{layer}}"
+        )
     for layer, coder in coders.coders():
         path = folder / _module_name(coders.hooks, layer)
         path.mkdir()
@@ -139,6 +145,11 @@ class ConfigFile(TypedDict):
     embed_skip: NotRequired[bool]
     gram_lookup: NotRequired[bool]
     lookup_max_order: NotRequired[Count]
+    signed: NotRequired[bool]
+
+
+#: Further keys, of training, that do not change what a coder computes.
+_TRAINING = {"normalize_decoder", "multi_topk"}
 
 
 def read(path: Path) -> CoderSet:
@@ -155,6 +166,12 @@ def read(path: Path) -> CoderSet:
 def _read(folder: Path) -> CoderSet:
     file = folder / CONFIG
     config: ConfigFile = read_json(file, ConfigFile)
+    known = ConfigFile.__annotations__.keys() | _TRAINING
+    if unknown := sorted(config.keys() - known):
+        raise UserError(
+            f"{file}: expected the keys {', '.join(sorted(known))}, got {unknown!r:.200}, which "
+            "may change what the coder computes; delete them if they do not"
+        )
     empty = _empty(config, file)
     with open_tensors(folder / WEIGHTS) as tensors:
         has_skip = "W_skip" in tensors.keys()  # noqa: SIM118
@@ -176,6 +193,11 @@ def _empty(config: ConfigFile, file: Path) -> SparseCoder:
     """Return a module on the meta device for the coder that ``cfg.json`` describes."""
     if (activation := config.get("activation", "topk")) != "topk":
         raise UserError(f"{file}: activation: expected topk, got {activation!r:.80}")
+    if config.get("signed", False):
+        raise UserError(
+            f"{file}: signed: expected false, got true: TopK by absolute value, which this library "
+            "does not have"
+        )
     for key in ("embed_skip", "gram_lookup"):
         if config.get(key, False):
             raise UserError(

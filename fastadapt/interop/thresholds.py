@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapter.coder import SparseCoder
-from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, empty_like, fill
+from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, empty_like, fill, round_down
 from fastadapt.adapter.sae import Transcoder
 from fastadapt.errors import UserError
 from fastadapt.features.store.store import Store
@@ -141,7 +141,8 @@ def _read_with(
 
 
 def _jumprelu(coder: SparseCoder, empty: SparseCoder, threshold: float) -> SparseCoder:
-    thresholds = coder.b_enc.detach().new_full((coder.n_features,), threshold)
+    exact = torch.full((coder.n_features,), threshold, dtype=torch.float64)
+    thresholds = round_down(exact, coder.b_enc.dtype).to(coder.b_enc.device)
     return fill(empty, {**coder.state_dict(), "threshold": thresholds})
 
 

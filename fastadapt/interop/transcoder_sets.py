@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastadapt.adapter.coder import SparseCoder
-from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, fill
+from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, fill, thresholds_of
 from fastadapt.adapter.hooks import MLP_HOOKS
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.adapter.sae import SAE
@@ -75,23 +74,14 @@ def write(coders: CoderSet, folder: Path) -> None:
         if (skip := getattr(coder, "W_skip", None)) is not None:
             tensors["W_skip"] = skip
         if coder.threshold is not None:
-            tensors[_THRESHOLD] = thresholds_of(coder)
+            # At least 0, as which this library reads lower ones.
+            tensors[_THRESHOLD] = thresholds_of(coder).clamp(min=0)
         save_tensors(tensors, folder / f"layer_{layer}.safetensors")
     config: dict[str, str] = {"model_kind": "transcoder_set", **HOOKS}
     if coders.model is not None:
         config["model_name"] = coders.model
     config["activation"] = "relu" if coders.empty.threshold is None else "jump_relu"
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-
-def thresholds_of(coder: SparseCoder) -> Tensor:
-    """Return the thresholds ``[F]`` of JumpReLU or BatchTopK in ``eval()``, in the weights' dtype.
-
-    They are at least 0, as which this library reads lower ones.
-    """
-    assert coder.threshold is not None
-    thresholds = coder.threshold.detach().to(coder.W_enc.dtype).clamp(min=0)
-    return thresholds.expand(coder.n_features).contiguous()
 
 
 def check_writable(coders: CoderSet) -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sets import D, F, assert_equal, folder, make_set, outputs
 
+from fastadapt.adapter.hooks import MLP_HOOKS, PLACES, Hooks
 from fastadapt.errors import UserError
 from fastadapt.interop.dictionary_learning import CONFIG, WEIGHTS, read, write
 
@@ -122,6 +124,36 @@ def test_what_dictionary_learning_lacks_is_refused(
         write(make_set(kind, activation, **more), folder(tmp_path))
 
 
+def test_a_place_without_a_name_there_is_refused(tmp_path: Path) -> None:
+    """A configuration has no place of a transcoder: its reader takes the MLP."""
+    for kind, place in (("transcoder", "resid_pre"), ("transcoder", "attn_out"), ("sae", "mlp_in")):
+        path, hook = folder(tmp_path, f"{kind} {place}"), PLACES[place]
+        hooks = Hooks(hook, hook if kind == "sae" else MLP_HOOKS.output)
+        with pytest.raises(UserError, match=r"dictionary_learning needs .*, got the hooks"):
+            write(replace(make_set(kind, square=True), hooks=hooks), path)
+        assert not any(path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["mlp_out", "attn_out", "resid_post", "head_out", None])
+def test_places_of_saes_come_back(name: str | None, tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    write(make_set("sae", layers=(3, 12)), path)
+    for layer in (3, 12):
+        file = path / f"layer_{layer}" / CONFIG
+        config = json.loads(file.read_text())
+        config["trainer"]["submodule_name"] = None if name is None else f"{name}_layer_{layer}"
+        file.write_text(json.dumps(config))
+    coders, again = read(path), folder(tmp_path, "again")
+    if name is None:
+        with pytest.raises(UserError, match="or of a place that it has named, got the hooks"):
+            write(coders, again)
+        return
+    write(coders, again)
+    assert_equal(coders, read(again))
+    trainer = json.loads((again / "layer_12" / CONFIG).read_text())["trainer"]
+    assert trainer["submodule_name"] == f"{name}_layer_12"
+
+
 def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path)
     write(make_set("subtracting sae", "topk", layers=(0,)), path)
@@ -137,6 +169,9 @@ def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
             read(path).layers[0]()
     file.write_text(json.dumps({**config, "buffer": {"io": "in_and_out"}}))
     with pytest.raises(UserError, match=r"buffer\.io: expected out for AutoEncoderTopK"):
+        read(path)
+    file.write_text(json.dumps({**config, "buffer": {"io": "in"}}))
+    with pytest.raises(UserError, match=r"buffer\.io: expected out, .* got 'in'"):
         read(path)
     file.write_text(json.dumps(config))
     save_file({**tensors, "k": torch.tensor(2.0)}, weights)

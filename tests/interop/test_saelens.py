@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,12 @@ from sets import D_OUT, D, F, assert_equal, folder, make_set, outputs
 from fastadapt.adapter.coder_files import CoderSet, read_coders, save_coders
 from fastadapt.adapter.hooks import PLACES
 from fastadapt.errors import UserError
-from fastadapt.interop.saelens import CONFIG, WEIGHTS, attach, read, write
+from fastadapt.interop import saelens, transcoder_sets
+from fastadapt.interop.saelens import WEIGHTS, attach, read, write
+from fastadapt.interop.saelens_config import CONFIG
+from fastadapt.interop.saelens_splice import notes
 from fastadapt.models.architectures import ARCHITECTURES
+from fastadapt.organism import FOLDER
 
 #: Kind of coder and activation, and SAELens' architecture.
 CASES = {
@@ -114,6 +119,27 @@ def test_batch_topk_is_jumprelu_with_its_threshold(tmp_path: Path) -> None:
         torch.testing.assert_close(outputs(again, x)[layer], out, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("module", [saelens, transcoder_sets])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_features_fire_in_16_bits(module: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The threshold is float32, and lies between two values of the weights' dtype."""
+    coders = make_set("transcoder", "batch_topk", layers=(0,), square=True)
+    coder = coders.layers[0]().to(dtype)
+    x = torch.randn(20_000, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    differing = 0
+    for threshold in (0.3019, 0.3, 1.0):
+        coder.threshold = torch.tensor(threshold)
+        active = coder.encode(x) > 0
+        path = folder(tmp_path, str(threshold))
+        module.write(CoderSet.from_modules({0: coder}), path)
+        again: Any = module.read(path).layers[0]()
+        assert again.threshold.dtype == dtype
+        assert torch.equal(again.encode(x) > 0, active)
+        again.threshold.data = coder.threshold.to(dtype).expand(F)  # the control: to the nearest
+        differing += int(((again.encode(x) > 0) != active).sum())
+    assert differing > 0
+
+
 def test_a_run_of_whole_mlps_comes_back_as_one(tmp_path: Path) -> None:
     coders, path = make_set("mlp", square=True), folder(tmp_path)
     write(coders, path)
@@ -150,16 +176,98 @@ class Point:
     """Hook point of TransformerLens, as far as ``attach`` uses it."""
 
     def __init__(self) -> None:
-        self.hooks: list[Any] = []
+        self.fwd_hooks: list[Any] = []
 
     def add_hook(self, hook: Any, dir: str = "fwd", is_permanent: bool = False) -> None:
         assert (dir, is_permanent) == ("fwd", True)
-        self.hooks.append(hook)
+        self.fwd_hooks.append(SimpleNamespace(user_hook=hook))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        for hook in self.hooks:
-            tensor = hook(tensor, hook=self)
+        for handle in self.fwd_hooks:
+            tensor = handle.user_hook(tensor, hook=self)
         return tensor
+
+
+class Theirs:
+    """A coder of SAELens, as far as ``attach`` uses it: it returns ones."""
+
+    def __init__(self, path: Path, layer: int = 0) -> None:
+        metadata = SimpleNamespace(**config_of(path, layer)["metadata"])
+        self.cfg = SimpleNamespace(metadata=metadata)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(x)
+
+
+def model_of(mlps: dict[int, torch.Tensor] | None = None, **cfg: str) -> Any:
+    """Return a model of TransformerLens, as far as ``attach`` uses it, with ``W_out`` of MLPs."""
+    names = ("blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out")
+    blocks = {i: SimpleNamespace(mlp=SimpleNamespace(W_out=w)) for i, w in (mlps or {}).items()}
+    points = {name: Point() for name in names}
+    return SimpleNamespace(hook_dict=points, cfg=SimpleNamespace(**cfg), blocks=blocks)
+
+
+def test_attach_refuses_a_second_coder_and_folded_norms(tmp_path: Path) -> None:
+    coders, path = make_set("adapter", layers=(0,), square=True), folder(tmp_path)
+    write(CoderSet(coders.empty, coders.layers), path)
+    model, theirs = model_of(normalization_type="RMS"), Theirs(path)
+    read_point, write_point = model.hook_dict.values()
+    with pytest.raises(UserError, match=r"attached to blocks\.0\.mlp\.hook_out already"):
+        attach(model, [theirs, theirs])
+    assert not write_point.fwd_hooks
+    attach(model, [theirs])
+    with pytest.raises(UserError, match=r"already.*reset_hooks\(including_permanent=True\)"):
+        attach(model, [theirs])
+    read_point(torch.zeros(2))
+    assert write_point(torch.zeros(2)).tolist() == [1, 1]
+    # The control: after their reset, coders can be attached again.
+    read_point.fwd_hooks, write_point.fwd_hooks = [], []
+    attach(model, [theirs])
+    for folded in ("RMSPre", "LNPre"):
+        with pytest.raises(UserError, match=r"norms are folded.*from_pretrained_no_processing"):
+            attach(model_of(normalization_type=folded), [theirs])
+
+
+def organism_mlp(role: str) -> torch.Tensor:
+    """Return ``W_out`` of layer 0, as TransformerLens holds it."""
+    weights = load_file(FOLDER / role / "model.safetensors")
+    return weights["model.layers.0.mlp.down_proj.weight"].T
+
+
+@pytest.mark.parametrize("base", ["organism/base", "organism/target"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_attach_refuses_the_mlps_of_another_model(
+    base: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """``intervene --onto-target`` names the target as base, since its MLPs stay."""
+    coders, path = make_set("adapter", layers=(0,), square=True), folder(tmp_path)
+    metadata = {"target": "organism/target", "base": base, "interventions": []}
+    write(replace(coders, model="organism/target", metadata=metadata), path)
+    theirs = Theirs(path)
+    assert theirs.cfg.metadata.fastadapt["base"] == base
+    assert read(path).metadata["base"] == base
+    role = base.partition("/")[2]
+    other = "target" if role == "base" else "base"
+    attach(model_of({0: organism_mlp(role).to(dtype)}), [theirs])
+    attach(model_of({0: organism_mlp(role).bfloat16().to(dtype)}), [theirs])
+    model = model_of({0: organism_mlp(other).to(dtype)})
+    with pytest.raises(UserError, match=f"MLP of layer 0 is not that of {base}") as refused:
+        attach(model, [theirs])
+    assert ("block.mlp = other.mlp" in str(refused.value)) == (role == "base")
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_the_output_hook_of_runs_that_record_no_architecture(tmp_path: Path) -> None:
+    """Runs of version 0.1.0, imported sets and ``save_adapters``: their target's config.json."""
+    coders = make_set("transcoder", layers=(0,))
+    for model, hook in (("organism/target", "hook_mlp_out"), ("no/such", "mlp.hook_out")):
+        path = folder(tmp_path, hook)
+        write(CoderSet(coders.empty, coders.layers, model=model), path)
+        assert config_of(path)["metadata"]["hook_name_out"] == f"blocks.0.{hook}"
+        assert (notes(path / "layer_0") == []) == (hook == "hook_mlp_out")
+    points = {"blocks.0.mlp.hook_in": Point(), "blocks.0.hook_mlp_out": Point()}
+    with pytest.raises(UserError, match="export again where the target"):
+        attach(SimpleNamespace(hook_dict=points), [Theirs(path)])
 
 
 @pytest.mark.parametrize("out_hook", ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_out"])
@@ -170,18 +278,13 @@ def test_attach_adds_adapters_and_replaces_by_transcoders(
     coders, path = make_set(kind, layers=(0,)), folder(tmp_path)
     write(coders, path)
     coder: Any = coders.layers[0]()
-    metadata = SimpleNamespace(**config_of(path)["metadata"])
 
-    class Theirs:
-        """A coder of SAELens, as far as ``attach`` uses it."""
-
-        cfg = SimpleNamespace(metadata=metadata)
-
+    class Computing(Theirs):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             out: Any = coder(x)
             return out[0] if kind == "adapter" else out
 
-    theirs = Theirs()
+    theirs = Computing(path)
     points = {"blocks.0.mlp.hook_in": Point(), out_hook: Point()}
     attach(SimpleNamespace(hook_dict=points), [theirs])
     x, mlp = torch.randn(4, D), torch.randn(4, D_OUT)
@@ -190,7 +293,7 @@ def test_attach_adds_adapters_and_replaces_by_transcoders(
     torch.testing.assert_close(out, theirs(x) + (mlp if kind == "adapter" else 0))
     with pytest.raises(UserError, match=r"the model has no hook blocks\.0\.mlp\.hook_in"):
         attach(SimpleNamespace(hook_dict={}), [theirs])
-    del metadata.fastadapt
+    del theirs.cfg.metadata.fastadapt
     with pytest.raises(UserError, match=r"without metadata\.fastadapt"):
         attach(SimpleNamespace(hook_dict=points), [theirs])
 
@@ -207,6 +310,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "norms": ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm: expected F"),
     "tanh": ({"activation_fn": "tanh-relu"}, "activation_fn: expected relu or topk"),
     "no k": ({"architecture": "topk"}, "k: expected 1 to d_sae=7, got None"),
+    "a head": (
+        {"metadata": {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 3}},
+        "hook_head_index: expected null, a coder of a whole hook, got head 3",
+    ),
+    "a head in an older file": ({"hook_point_head_index": 0}, "hook_head_index: .* got head 0"),
+    "folded": (
+        {
+            "metadata": {
+                "hook_name": "blocks.1.mlp.hook_in",
+                "model_from_pretrained_kwargs": {"fold_ln": True},
+            }
+        },
+        "fold_ln: expected false for a coder of mlp.hook_in",
+    ),
+    "forged": (
+        {
+            "metadata": {
+                "fastadapt": {
+                    "additive": True,
+                    "hooks": {"input": {"huggingface": "a"}, "output": {"huggingface": "b"}},
+                }
+            }
+        },
+        r"metadata\.fastadapt\.hooks: expected those of the MLP for an adapter",
+    ),
     "subtracting": ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input: expected false"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def test_a_file_that_sparsify_has_written_is_read(tmp_path: Path) -> None:
     assert coders.hooks == Hooks(PLACES["resid_post"], PLACES["resid_post"])
     assert torch.equal(sae.W_enc, tensors["encoder.weight"])
     assert torch.equal(sae.W_dec, tensors["W_dec"])
+    config |= {"transcode": False, "d_in": 4, "signed": False}  # the last key in older files
+    (path / CONFIG).write_text(json.dumps(config))
+    assert_equal(coders, read(path))
 
 
 def test_an_adapter_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -105,10 +109,20 @@ def test_a_place_without_a_module_is_refused(tmp_path: Path) -> None:
             write(CoderSet(coders.empty, coders.layers, hooks), folder(tmp_path, str(id(hooks))))
 
 
+def test_layers_of_one_module_are_refused(tmp_path: Path) -> None:
+    coders, path = make_set("transcoder", square=True), folder(tmp_path)
+    hooks = Hooks({"huggingface": "model.mlp.input"}, {"huggingface": "model.mlp.output"})
+    with pytest.raises(UserError, match=r"layers 0, 1 are all of 'mlp': .* has no \{layer\}"):
+        write(replace(coders, hooks=hooks), path)
+    assert not any(path.iterdir())
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groupmax": ({"activation": "groupmax"}, "activation: expected topk"),
     "embedding": ({"embed_skip": True}, "embed_skip: expected false"),
     "table": ({"gram_lookup": True}, "gram_lookup: expected false"),
+    "signed": ({"signed": True}, "signed: expected false, got true"),
+    "an unknown key": ({"unknown_scale": 7.0}, "expected the keys .*, got .'unknown_scale'"),
     "k": ({"k": 8}, "k: expected 1 to num_latents=7, got 8"),
     "skip of an SAE": ({"transcode": False}, "skip_connection: expected false for an SAE"),
     "too many": ({"num_latents": 0, "expansion_factor": 1 << 25}, "expansion_factor"),
