@@ -44,7 +44,7 @@ def model_card(run: SharedRun, repository: str, license: str | None) -> str:
         "model-card.md.j2",
         header=Markup(yaml.safe_dump(header, sort_keys=False)),  # names and tags, checked before
         repository=repository,
-        description=run.model.description,
+        description=visible(run.model.description),
         additive=run.card["additive"],
         pair=pair,
         tables=as_markdown(tables),

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,6 +19,7 @@ from fastadapt.adapter.files import CARD, adapters_of, read_card, read_transcode
 from fastadapt.errors import UserError, require
 from fastadapt.evaluation.runs import ComparedModel, RunFile
 from fastadapt.hub.names import is_model, split_revision
+from fastadapt.hub.paths import portable
 from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file
 from fastadapt.organism import NAMES
@@ -26,8 +27,6 @@ from fastadapt.training.logs.run_log import read_summary
 from fastadapt.training.run_dir import ADAPTER, CONFIG, SUMMARY, Record
 
 ROLES = ("target", "base", "tokenizer")
-#: Keys whose texts are no paths, whatever their first character is.
-_NO_PATHS = frozenset({"family"})
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def read_shared(
 ) -> SharedRun:
     """Read a finished run, and name its models so that others have them.
 
-    A model's name is a hub id if the run recorded the model's commit. Absolute paths, such as those
-    of data, become the names of their files.
+    A model's name is a hub id if the run recorded the model's commit. Paths of this machine, such
+    as those of data, become the names of their files.
 
     Args:
         run: folder of a run, or of adapters.
@@ -66,7 +65,8 @@ def read_shared(
 
     Raises:
         UserError: the run is not finished, is damaged, trained something other than transcoders, or
-            its pair has a local folder for which ``names`` has no hub id.
+            its pair has a local folder for which ``names`` has no hub id, or its chat format has a
+            path.
     """
     folder = adapters_of(run)
     layers, parsed = read_transcoders(folder, "pushing a run")
@@ -75,7 +75,7 @@ def read_shared(
     summary = read_summary(folder.parent / SUMMARY) if in_run else {}
     card = read_card(folder)
     _name_models(str(run), card["metadata"], config, names, commit_of)
-    card, config, summary = map(_portable, (card, config, summary))
+    card, config, summary = map(portable, (card, config, summary))
     files: dict[str, Path | bytes] = {
         f"{ADAPTER}/layer_{i}.safetensors": folder / f"layer_{i}.safetensors"
         for i in range(len(layers))
@@ -85,7 +85,8 @@ def read_shared(
         files[CONFIG] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
     if summary:
         files[SUMMARY] = _json(summary)
-    model = ComparedModel.from_card("run", folder.parent if in_run else folder, parsed)
+    shown = {**parsed, "metadata": card["metadata"]}
+    model = ComparedModel.from_card("run", folder.parent if in_run else folder, shown)
     return SharedRun(files, card, config, summary, model)
 
 
@@ -141,23 +142,3 @@ def _check_name(run: str, role: str, name: str, known: bool) -> None:
 
 def _json(values: Any) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _portable(value: Any) -> Any:
-    """Return a document in which every absolute path is the name of its file or folder.
-
-    Example:
-        >>> _portable({"data": {"train": "/home/me/chats.jsonl"}, "seed": 42})
-        {'data': {'train': 'chats.jsonl'}, 'seed': 42}
-    """
-    if isinstance(value, Mapping):
-        return {k: v if k in _NO_PATHS else _portable(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if isinstance(value, str) and _is_absolute(value):
-        return PureWindowsPath(value).name or "local"  # splits at both separators
-    return value
-
-
-def _is_absolute(text: str) -> bool:
-    return text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute()

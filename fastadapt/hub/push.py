@@ -15,6 +15,7 @@ from fastadapt.hub.contents import read_shared
 from fastadapt.hub.download import SHARED, locate
 from fastadapt.hub.errors import hub_errors
 from fastadapt.hub.names import check_repository
+from fastadapt.hub.paths import check_private
 
 _CARD = "README.md"
 #: Files that a repository may have before a run is pushed to it.
@@ -61,8 +62,8 @@ def push(
             their present commits are recorded.
 
     Raises:
-        UserError: the run cannot be shared (:func:`fastadapt.hub.contents.read_shared`); the
-            repository holds other files, is public though ``private`` is true, or may not be
+        UserError: the run cannot be shared (:func:`fastadapt.hub.contents.read_shared`); a file
+            would name the home folder or the run's folder of this machine; the repository holds other files, is public though ``private`` is true, or may not be
             written.
         RunError: the upload was interrupted.
     """
@@ -80,8 +81,10 @@ def push(
             return str(api.model_info(model, revision=revision).sha)
 
     names = {"target": target, "base": base, "tokenizer": tokenizer}
-    shared = read_shared(locate(run).folder, names, commit_of)
+    folder = locate(run).folder
+    shared = read_shared(folder, names, commit_of)
     files = {**shared.files, _CARD: model_card(shared, repository, license).encode()}
+    check_private(files, folder)
     with hub_errors(repository, writing=True):
         present = _present(api, repository, private)
         if present is None:

@@ -265,6 +265,83 @@ def test_a_path_is_never_a_name_on_the_hub(hub: FakeHub, run: Path, tmp_path: Pa
     assert not is_local("bob/run")
 
 
+# --- what only this machine has -------------------------------------------------------------------
+
+
+def test_no_path_of_this_machine_is_uploaded(hub: FakeHub, run: Path) -> None:
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    secret = f"{Path.home()}/SECRET"
+    config["data"] |= {
+        "train": [{"source": "/home/SECRET/a.jsonl"}, {"source": "file:///home/SECRET/b.jsonl"}],
+        "validation": "../../SECRET/v.jsonl",
+        "columns": {"/home/SECRET/column": "text"},
+        "cache": "C:\\Users\\SECRET\\cache",
+    }
+    path.write_text(yaml.safe_dump(config))
+    path = run / "adapter" / CARD
+    card = json.loads(path.read_text())
+    made = "promotes wait and/or 3/4, of /home/SECRET/x.json | ~/SECRET/y.json"
+    card["metadata"] |= {
+        "interventions": [
+            {
+                "kind": "ablate",
+                "set": {"name": "/home/SECRET/hesitation", "made": made, "size": 3},
+                "sha256": "0" * 64,
+                "run": "~/SECRET/run",
+                "adapter": "0" * 64,
+            }
+        ],
+        "note": f"trained on (/home/SECRET/y), then {secret}/z of https://example.org/a/b",
+        "versions": {"torch": f"2.13 from {secret}/torch"},
+        "family": {"user": ["/u ", "[/INST]"], "assistant": ["</think>", "/think /no_think"]},
+    }
+    path.write_text(json.dumps(card))
+    push(run, "ann/run")
+    files = hub.repositories["ann/run"].files
+    for name, content in files.items():
+        assert b"SECRET" not in content, name
+    metadata = json.loads(files[f"adapter/{CARD}"])["metadata"]
+    assert metadata["family"] == card["metadata"]["family"]
+    assert metadata["note"] == "trained on (y), then z of https://example.org/a/b"
+    (step,) = metadata["interventions"]
+    assert step["set"]["made"] == "promotes wait and/or 3/4, of x.json | y.json"
+    assert yaml.safe_load(files["config.yaml"])["data"]["columns"] == {"column": "text"}
+    shown = files["README.md"].decode()
+    for text in ("ablate hesitation (3)", "| a.jsonl, b.jsonl |", "| v.jsonl |", "2.13 from torch"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    "family", [{"template": "/home/SECRET/t.jinja"}, {"user": ["a", "../x"]}, "file:///home/a/b"]
+)
+def test_a_chat_format_with_a_path_is_refused(family: Any, hub: FakeHub, run: Path) -> None:
+    path = run / "adapter" / CARD
+    card = json.loads(path.read_text())
+    card["metadata"]["family"] = family
+    path.write_text(json.dumps(card))
+    with pytest.raises(UserError, match="family: expected a chat format without paths"):
+        push(run, "ann/run")
+    assert "ann/run" not in hub.repositories
+
+
+@pytest.mark.parametrize("place", ["home", "run"])
+def test_the_home_folder_is_in_no_upload(
+    place: str, hub: FakeHub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that is not rewritten, a folder's name inside another text, is refused."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    folder = {"home": "/home/ann", "run": str(run)}[place]
+    path = run / "adapter" / CARD
+    card = json.loads(path.read_text())
+    card["metadata"]["family"] = {"user": [f"<{folder}>", "b"], "assistant": ["c", "d"]}
+    path.write_text(json.dumps(card))
+    expected = "family" if place == "run" else r"nothing was uploaded: adapter/fastadapt.json would"
+    with pytest.raises(UserError, match=expected):
+        push(run, "ann/run")
+    assert "ann/run" not in hub.repositories
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
