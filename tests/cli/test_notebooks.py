@@ -19,7 +19,7 @@ LARGEST = 100_000  # characters of an output
 EXECUTE = ROOT / "docs" / "site" / "notebooks.py"
 #: A path from the root of a machine; neither `2/17`, nor `</td>`, nor the path of a URL.
 ABSOLUTE = re.compile(r"(?<![\w.<:/])/\w[\w.-]*/\w")
-PROGRESS = re.compile(r"\d+%\||it/s|tok/s| left\b")
+PROGRESS = re.compile(r"\d+%\||it/s|tok/s|\d (?:s|min|h) left\b")
 
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason="needs the repository")
 
@@ -89,7 +89,11 @@ def test_the_stored_outputs_are_results(notebook: dict[str, Any]) -> None:
         ({"output_type": "stream", "name": "stdout", "text": ["run: /tmp/a/runs/x"]}, "/tmp/a"),
         ({"output_type": "display_data", "data": {"text/html": ["<b>'/root/x'</b>"]}}, "/root/x"),
         ({"output_type": "stream", "name": "stdout", "text": ["10%|█   | 4 it/s"]}, "progress"),
-        ({"output_type": "stream", "name": "stdout", "text": ["feature 2/17 </td>"]}, None),
+        (
+            {"output_type": "stream", "name": "stdout", "text": ["step 3  2 min 9 s left"]},
+            "progress",
+        ),
+        ({"output_type": "stream", "name": "stdout", "text": ["2/17 </td> 4 apples left ?"]}, None),
     ],
 )
 def test_an_output_that_is_no_result_is_reported(output: dict[str, Any], fault: str | None) -> None:
