@@ -208,7 +208,8 @@ def _codes(readings: list[Reading], real: Tensor) -> list[SparseCodes]:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rows = torch.cat([r.rows for r in readings])
     columns = torch.cat([r.columns + start for r, start in zip(readings, starts, strict=True)])
-    features, values = (torch.cat([r[i] for r in readings]) for i in (3, 4))
+    features = torch.cat([r.features for r in readings])
+    values = torch.cat([r.values for r in readings])
     real = nn.functional.pad(real.to(rows.device), (0, n_read - n_expected))
     selected = real[rows, columns]
     rows, order = rows[selected].sort(stable=True)

@@ -58,7 +58,8 @@ def served(make_pair: Callable[..., Any]) -> Served:
     """``served(architecture, activation)``: a model of the registered class, in float64."""
 
     def make(architecture: str = "qwen2", activation: str = "relu") -> Any:
-        config, _, causal = classes_of(architecture)
+        classes: tuple[Any, ...] = classes_of(architecture)
+        config, _, causal = classes
         values = make_pair(architecture, "float64").target.config.to_dict()
         values |= {"adapter": vars(ACTIVATIONS[activation]), "model_type": config.model_type}
         model = causal(config.from_dict(values)).double().eval()
@@ -151,7 +152,7 @@ def test_the_features_are_those_of_the_whole_text(
     plain, out = generate(), generate(output_features=True)
     assert torch.equal(out.sequences, plain if isinstance(plain, Tensor) else plain.sequences)
     assert isinstance(out, GenerateDecoderOnlyOutput)
-    assert out["features"] is out.features
+    assert out["features"] is out.features  # type: ignore[attr-defined]
     assert (out.scores is None) == (case != "scores")
     copies = len(out.sequences) // len(PROMPTS)
     firsts = [5 - len(p) for p in PROMPTS for _ in range(copies)]
