@@ -45,6 +45,8 @@ from fastadapt.io.documents import Name, Positive, read_json
 from fastadapt.io.names import has_file
 from fastadapt.io.tensors import TensorError, check_tensor, open_tensors
 
+__all__ = ["read", "write"]
+
 CONFIG, WEIGHTS, PICKLE = "config.json", "ae.safetensors", "ae.pt"
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}

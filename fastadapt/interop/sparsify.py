@@ -33,6 +33,8 @@ from fastadapt.io.documents import Count, Positive, read_json
 from fastadapt.io.names import check_name
 from fastadapt.io.tensors import open_tensors, read_tensors
 
+__all__ = ["read", "write"]
+
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 #: Names of the tensors of a file, by this library's names.
 NAMES = {
@@ -63,7 +65,8 @@ def write(coders: CoderSet, folder: Path) -> None:
     if len(set(names)) < len(names):
         raise UserError(
             "sparsify needs a module for each layer, and layers "
-            f"{', '.join(map(str, coders.layers))} are all of {names[0]!r:.80}: hooks.output.huggingface has no {{layer}}"
+            f"{', '.join(map(str, coders.layers))} are all of {names[0]!r:.80}: "
+            "hooks.output.huggingface has no {layer}"
         )
     for layer, coder in coders.coders():
         path = folder / _module_name(coders.hooks, layer)

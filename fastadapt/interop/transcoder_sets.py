@@ -35,6 +35,8 @@ from fastadapt.io.documents import Name, read_yaml
 from fastadapt.io.names import typed_path
 from fastadapt.io.tensors import TensorError, open_tensors, read_tensors
 
+__all__ = ["read", "write"]
+
 CONFIG = "config.yaml"
 #: Hooks of the format, as TransformerLens names them, and what they must be.
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
@@ -100,9 +102,9 @@ def check_writable(coders: CoderSet) -> None:
         )
     if coder.config.activation == "topk":
         raise UserError(
-            "circuit-tracer runs TopK transcoders of a local folder as ReLU without a message. "
-            "Export a run with collected features, on whose texts thresholds are fitted "
-            "(fastadapt features collect RUN), or train with batch_topk"
+            "circuit-tracer runs TopK transcoders of a local folder as ReLU, silently. Fit "
+            "thresholds on the texts of collected features (fastadapt export SET --format "
+            "circuit-tracer --store RUN), or train with batch_topk"
         )
     layers = list(coders.layers)
     if layers != list(range(len(layers))) or coders.hooks != MLP_HOOKS:
