@@ -46,6 +46,8 @@ from fastadapt.io.atomic import writing_folder
 from fastadapt.io.documents import Name, check
 from fastadapt.io.tensors import read_tensors
 
+__all__ = ["CoderSet", "read_coders", "save_coders"]
+
 #: Kinds of ``fastadapt.json`` of plain coders.
 CODERS = ("transcoder", "sae")
 #: Settings of JumpReLU that other projects' formats do not have; only further training reads them.
