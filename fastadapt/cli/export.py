@@ -215,10 +215,10 @@ def convert(
     except UserError as error:
         raise UserError(f"--output: {error}") from None
     if format == "adapters":
-        for folder in (source, os.path.join(source, "adapter")):
-            if has_file(Path(folder) / CARD):
+        for place in (Path(source), Path(source) / "adapter"):
+            if has_file(place / CARD):
                 raise UserError(
-                    f"{folder} holds adapters in this library's format already; --format adapters "
+                    f"{place} holds adapters in this library's format already; --format adapters "
                     "reads a checkpoint published with arXiv 2602.20904"
                 )
         _check_apart(out, [source, target, base])
