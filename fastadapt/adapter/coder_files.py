@@ -97,13 +97,13 @@ class CoderSet:
             UserError: no coder, or coders that differ in class, settings or widths.
         """
         if not coders:
-            raise UserError("expected coders by layer, got none")
+            raise UserError("expected SAEs or transcoders by layer, got none")
         first, *others = sorted(coders)
         for layer in others:
             if describe_coder(coders[layer]) != describe_coder(coders[first]):
                 raise UserError(
                     f"layer {layer} differs from layer {first} in class, configuration or width; "
-                    "give coders of one configuration"
+                    "give modules of one configuration"
                 )
         layers = {i: partial(_same, coders[i]) for i in sorted(coders)}
         return cls(empty_like(coders[first]), layers, hooks, model, metadata or {})

@@ -112,11 +112,11 @@ def import_(
     model_name = visible(coders.model or "a model without a name (name it: --model)")
     print(f"Read {layers} of {model_name}: {coders.empty}")
     print(
-        f"Load it with:  import fastadapt; coders, metadata = fastadapt.load_adapters({output!r})"
+        f"Load it with:  import fastadapt; modules, metadata = fastadapt.load_adapters({output!r})"
     )
     kind = type(read_coders(output).empty).__name__
-    call = "out, counts = coder(x)" if kind == "TranscoderAdapter" else "out = coder(x)"
-    print(f"Each of coders is a fastadapt.{kind}:  {call}")
+    call = "out, counts = module(x)" if kind == "TranscoderAdapter" else "out = module(x)"
+    print(f"Each of modules is a fastadapt.{kind}:  {call}")
     return 0
 
 

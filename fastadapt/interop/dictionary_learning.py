@@ -115,7 +115,7 @@ def class_of(coders: CoderSet) -> str:
     if coder.config.activation not in classes:
         reads = "x - b_dec" if subtracts else "x itself"
         raise UserError(
-            f"dictionary_learning has {' and '.join(classes)} for coders that read {reads}, got "
+            f"dictionary_learning has {' and '.join(classes)} for what reads {reads}, got "
             f"{coder.config.activation}; export to the format saelens"
         )
     return classes[coder.config.activation]

@@ -89,7 +89,7 @@ def check_writable(coders: CoderSet) -> None:
         )
     if coder.config.activation not in ("relu", "topk"):
         raise UserError(
-            f"sparsify has coders with TopK and ReLU, got {coder.config.activation}; export to the "
+            f"sparsify has TopK and ReLU, got {coder.config.activation}; export to the "
             "format saelens"
         )
     if coder.d_in != coder.d_out:
@@ -173,7 +173,7 @@ def _read(folder: Path) -> CoderSet:
     if unknown := sorted(config.keys() - known):
         raise UserError(
             f"{file}: expected the keys {', '.join(sorted(known))}, got {unknown!r:.200}, which "
-            "may change what the coder computes; delete them if they do not"
+            "may change what is computed; delete them if they do not"
         )
     empty = _empty(config, file)
     with open_tensors(folder / WEIGHTS) as tensors:
@@ -204,7 +204,7 @@ def _empty(config: ConfigFile, file: Path) -> SparseCoder:
     for key in ("embed_skip", "gram_lookup"):
         if config.get(key, False):
             raise UserError(
-                f"{file}: {key}: expected false, got true: the coder needs more than its input"
+                f"{file}: {key}: expected false, got true: it needs more than its input"
             )
     d = config["d_in"]
     features = config.get("num_latents", 0) or d * config.get("expansion_factor", 32)

@@ -76,7 +76,7 @@ def fit_threshold(coder: SparseCoder, x: Tensor) -> float:
         150
     """
     if coder.config.activation != "topk":
-        raise UserError(f"expected a coder with topk to fit, got {coder.config.activation}")
+        raise UserError(f"expected a transcoder with topk to fit, got {coder.config.activation}")
     k, active = int(coder.config.k or 0), 0
     largest = x.new_empty(0)
     for chunk in x.split(max(1, _CHUNK // coder.n_features)):

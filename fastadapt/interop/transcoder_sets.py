@@ -7,7 +7,7 @@ input is that of the MLP, after the norm and its weight; the output is that of t
 norm behind it.
 
 circuit-tracer runs a transcoder in place of the MLP. The base's MLP is not linear, so no ``W_skip``
-can hold it: adapters are refused. Its loader of local folders runs TopK as ReLU without a message,
+can hold it: adapters are refused. Its loader of local folders runs TopK silently as ReLU,
 so TopK is refused too; :mod:`fastadapt.interop.thresholds` fits thresholds in its place.
 """
 

@@ -21,8 +21,8 @@ from fastadapt.adapter.hooks import PLACES, name_hook
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.sae import Transcoder
 from fastadapt.errors import UserError
-from fastadapt.interop.pair_facts import sample
 from fastadapt.interop.saelens import attach, read, write
+from fastadapt.interop.saelens_splice import sample
 
 warnings.filterwarnings("ignore")
 #: A name that TransformerLens knows. In the working folder, it is a folder with the tiny model.
