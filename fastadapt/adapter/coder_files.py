@@ -46,6 +46,8 @@ from fastadapt.io.atomic import writing_folder
 from fastadapt.io.documents import Name, check
 from fastadapt.io.tensors import read_tensors
 
+__all__ = ["CoderSet", "read_coders", "save_coders"]
+
 #: Kinds of ``fastadapt.json`` of plain coders.
 CODERS = ("transcoder", "sae")
 #: Settings of JumpReLU that other projects' formats do not have; only further training reads them.
@@ -95,13 +97,13 @@ class CoderSet:
             UserError: no coder, or coders that differ in class, settings or widths.
         """
         if not coders:
-            raise UserError("expected coders by layer, got none")
+            raise UserError("expected SAEs or transcoders by layer, got none")
         first, *others = sorted(coders)
         for layer in others:
             if describe_coder(coders[layer]) != describe_coder(coders[first]):
                 raise UserError(
                     f"layer {layer} differs from layer {first} in class, configuration or width; "
-                    "give coders of one configuration"
+                    "give modules of one configuration"
                 )
         layers = {i: partial(_same, coders[i]) for i in sorted(coders)}
         return cls(empty_like(coders[first]), layers, hooks, model, metadata or {})

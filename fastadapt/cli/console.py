@@ -62,12 +62,14 @@ def is_unicode(stream: Any) -> bool:
 
 
 def print_error(message: str) -> None:
-    """Print `error: ` and the message on standard error."""
+    """Print `error: ` and the message on standard error, without invisible characters."""
     from rich.console import Console
     from rich.text import Text
 
+    from fastadapt.features.store.characters import visible_lines
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
+    console.print(Text("error: ", style="bold red"), Text(visible_lines(message)), sep="", end="\n")
 
 
 def show_warnings() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from fastadapt.adapter.files import adapters_of
+from fastadapt.adapter.files import CARD, adapters_of
 from fastadapt.errors import UserError
-from fastadapt.io.names import typed_path
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.hf_checkpoint import check_output
 from fastadapt.models.sources.fingerprint import fingerprints, warn_of_changes
 from fastadapt.models.trained_files import read_adapters
@@ -42,6 +42,7 @@ def export(
     base: str | None = None,
     model_id: str | None = None,
     source_set: str | None = None,
+    store: str | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a run (or a folder of adapters) as one checkpoint, tensor by tensor, or in a format of
@@ -60,9 +61,13 @@ def export(
         base: the base model, if it is not the one that the adapters name
         model_id: neuronpedia: the model there
         source_set: neuronpedia: the set of sources there, which you have created
+        store: circuit-tracer: a run of the same target with features, on whose texts thresholds
+            are fitted in place of TopK, if the source has no features
         overwrite: replace an export in the folder, once the new one is complete
     """
-    _check_options(format, target=target, base=base, model_id=model_id, source_set=source_set)
+    _check_options(
+        format, target=target, base=base, model_id=model_id, source_set=source_set, store=store
+    )
     if format == "neuronpedia":
         return _to_neuronpedia(run, output, model_id, source_set, overwrite=overwrite)
     if format == "huggingface" or format == "hu2026" or format == "adapters":
@@ -71,7 +76,9 @@ def export(
         return 0
     from fastadapt.interop.formats import export_coders
 
-    loading, fits = export_coders(run, output, format, model=target, overwrite=overwrite)
+    loading, fits = export_coders(
+        run, output, format, model=target, store=store, overwrite=overwrite
+    )
     if fits:
         _print_fits(fits)
     print(f"Load it with:  {loading}")
@@ -95,15 +102,21 @@ def import_(
         model: the model that they belong to, if the files name none or another one
         overwrite: replace an earlier import in the folder, once the new one is complete
     """
+    from fastadapt.adapter.coder_files import read_coders
+    from fastadapt.features.store.characters import visible
     from fastadapt.interop.formats import import_coders
 
     coders = import_coders(path, output, format, model=model, overwrite=overwrite)
     first, *others = coders.layers
     layers = f"{len(coders.layers)} layers" if others else f"layer {first}"
-    print(f"Read {layers} of {coders.model or 'a model without a name'}: {coders.empty}")
+    model_name = visible(coders.model or "a model without a name (name it: --model)")
+    print(f"Read {layers} of {model_name}: {coders.empty}")
     print(
-        f"Load it with:  import fastadapt; coders, metadata = fastadapt.load_adapters({output!r})"
+        f"Load it with:  import fastadapt; modules, metadata = fastadapt.load_adapters({output!r})"
     )
+    kind = type(read_coders(output).empty).__name__
+    call = "out, counts = module(x)" if kind == "TranscoderAdapter" else "out = module(x)"
+    print(f"Each of modules is a fastadapt.{kind}:  {call}")
     return 0
 
 
@@ -115,6 +128,7 @@ def _check_options(format: Format, **options: str | None) -> None:
         "base": checkpoints,
         "model_id": ("neuronpedia",),
         "source_set": ("neuronpedia",),
+        "store": ("circuit-tracer",),
     }
     for name, value in options.items():
         if value is not None and format not in used[name]:
@@ -201,6 +215,12 @@ def convert(
     except UserError as error:
         raise UserError(f"--output: {error}") from None
     if format == "adapters":
+        for place in (Path(source), Path(source) / "adapter"):
+            if has_file(place / CARD):
+                raise UserError(
+                    f"{place} holds adapters in this library's format already; --format adapters "
+                    "reads a checkpoint published with arXiv 2602.20904"
+                )
         _check_apart(out, [source, target, base])
         hu2026.to_adapters(source, out, target=target, base=base, overwrite=overwrite)
         return f"import fastadapt; adapters, metadata = fastadapt.load_adapters({str(out)!r})"

@@ -211,9 +211,11 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         values = {key: value for key, value in run_pair.items() if key != TRUST}
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
+        imported = "imported" in metadata and "target" not in values
+        hint = "; import the set again and name its model (--model)" if imported else ""
         raise UserError(
             f"{folder}: expected the names of a target and a base in fastadapt.json or "
-            f"config.yaml, got {dict(values)}"
+            f"config.yaml, got {dict(values) or 'neither'}{hint}"
         )
     try:
         pair = PairConfig(**values)

@@ -45,6 +45,8 @@ from fastadapt.io.documents import Name, Positive, read_json
 from fastadapt.io.names import has_file
 from fastadapt.io.tensors import TensorError, check_tensor, open_tensors
 
+__all__ = ["read", "write"]
+
 CONFIG, WEIGHTS, PICKLE = "config.json", "ae.safetensors", "ae.pt"
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
@@ -113,7 +115,7 @@ def class_of(coders: CoderSet) -> str:
     if coder.config.activation not in classes:
         reads = "x - b_dec" if subtracts else "x itself"
         raise UserError(
-            f"dictionary_learning has {' and '.join(classes)} for coders that read {reads}, got "
+            f"dictionary_learning has {' and '.join(classes)} for what reads {reads}, got "
             f"{coder.config.activation}; export to the format saelens"
         )
     return classes[coder.config.activation]

@@ -19,6 +19,7 @@ from fastadapt.adapter.coder_files import CoderSet, read_coders, save_coders
 from fastadapt.adapter.files import CARD, PATTERNS, adapters_of, read_card
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import writing_folder
+from fastadapt.io.documents import Name, check
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.hf_checkpoint import check_output
 
@@ -107,15 +108,18 @@ def export_coders(
     name: str,
     *,
     model: str | None = None,
+    store: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> tuple[str, dict[int, Fit]]:
     """Write a run, or a folder of adapters, transcoders or SAEs, in another project's format.
 
     Args:
         source: the run or folder.
-        folder: a new or empty folder, or with ``overwrite`` an export.
+        folder: a new or empty folder, or with ``overwrite`` an export, of any format.
         name: name of the format in :data:`FORMATS`.
         model: name of the model to record, if it is not the one that the source names.
+        store: features of a run of the same target, on whose texts thresholds are fitted in place
+            of TopK; by default those of the source.
         overwrite: replace an export once the new one is complete.
 
     Returns:
@@ -129,11 +133,17 @@ def export_coders(
     """
     form, out = FORMATS[name], typed_path(folder, "--output")
     path = adapters_of(source)
-    require_output(out, (RECORD, *form.patterns), overwrite=overwrite)
+    patterns = (name for each in FORMATS.values() for name in each.patterns)
+    require_output(out, (RECORD, *patterns), overwrite=overwrite)
     coders = read_coders(path)
     if model is not None:
+        check(model, Name, "--target")
         coders = replace(coders, model=model)
-    coders, fits = _with_topk(coders, source, form)
+    fits: dict[int, Fit] = {}
+    if coders.empty.config.activation == "topk" and not (form.has_topk or coders.is_additive):
+        from fastadapt.interop.thresholds import fit
+
+        coders, fits = fit(coders, source, store)
     with writing_folder(out, last=RECORD) as staged:
         form.write(coders, staged)
         _record(staged / RECORD, name, coders)
@@ -145,25 +155,6 @@ def export_coders(
         notes = import_module(f"fastadapt.interop.{form.notes}").notes(out / f"layer_{first}")
         loading = "\n".join([loading, *notes])
     return loading, fits
-
-
-def _with_topk(
-    coders: CoderSet, source: str | os.PathLike[str], form: Format
-) -> tuple[CoderSet, dict[int, Fit]]:
-    """Fit thresholds in place of TopK if the format needs it and the source is a run.
-
-    Raises:
-        UserError: the run has no features, on whose texts thresholds are fitted.
-    """
-    is_topk = coders.empty.config.activation == "topk" and not coders.is_additive
-    if form.has_topk or not is_topk or not has_file(typed_path(source, "run") / "config.yaml"):
-        return coders, {}
-    from fastadapt.features.store.source_run import students_of
-    from fastadapt.features.store.store import Store
-    from fastadapt.interop.thresholds import mlp_inputs, with_thresholds
-
-    store = Store.open(source)
-    return with_thresholds(coders, mlp_inputs(students_of(store, source).model, store))
 
 
 def require_output(
@@ -213,8 +204,11 @@ def find_format(path: Path, names: Sequence[str] = tuple(FORMATS)) -> str:
     Raises:
         UserError: it is of none, of several, or of this library's own.
     """
-    if has_file(path / CARD):
-        raise UserError(f"{path} is a folder of this library; load it with fastadapt.load_adapters")
+    for folder in (path, path / "adapter"):
+        if has_file(folder / CARD):
+            raise UserError(
+                f"{folder} is a folder of this library; load it with fastadapt.load_adapters"
+            )
     if has_file(path / "W_enc_0.safetensors"):
         raise UserError(
             f"{path} is a cross-layer transcoder, which no folder of this library holds; read it "
@@ -257,6 +251,13 @@ def import_coders(
         RunError: the folder cannot be written; it is left as it was.
     """
     source, out = typed_path(path, "path"), typed_path(folder, "--output")
+    if model is not None:
+        check(model, Name, "--model")
+    if not source.is_dir():
+        raise UserError(
+            f"{path}: no such folder; download a repository of the hub into a folder first "
+            f"(hf download {path} --local-dir FOLDER)"
+        )
     require_output(out, PATTERNS, _imported, overwrite=overwrite)
     name = find_format(source) if name == "auto" else name
     coders = FORMATS[name].read(source)

@@ -51,6 +51,8 @@ from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchErro
 from fastadapt.models.sources.checks import check_configs
 from fastadapt.models.sources.low_rank import merged_state
 
+__all__ = ["load"]
+
 
 def load(
     source: str,

@@ -44,8 +44,8 @@ def one_shape(sets: Sequence[CoderSet], path: Path) -> CoderSet:
             raise UserError(f"{path}: expected layers below {MAX_LAYERS:,}, got layer {layer:,}")
         if layer in layers:
             raise UserError(
-                f"{path}: expected one coder per layer, got two of layer {layer}; read their "
-                "folders one by one"
+                f"{path}: expected one SAE or transcoder per layer, got two of layer {layer}; "
+                "read their folders one by one"
             )
         if (describe_coder(each.empty), each.hooks, each.model, each.metadata) != (
             describe_coder(first.empty),

@@ -26,9 +26,13 @@ from fastadapt.adapter.hooks import PLACES, Hooks, find_hook, name_hook
 from fastadapt.adapter.sae import SAE
 from fastadapt.errors import UserError
 from fastadapt.interop.layer_folders import find_folders, one_shape
-from fastadapt.interop.pair_facts import facts_of_pair, samples_of_base, with_model_type
 from fastadapt.interop.saelens_config import CONFIG, ConfigFile, check_place, empty_coder
-from fastadapt.interop.saelens_splice import attach
+from fastadapt.interop.saelens_splice import (
+    attach,
+    facts_of_pair,
+    samples_of_base,
+    with_model_type,
+)
 from fastadapt.io.atomic import save_tensors
 from fastadapt.io.documents import read_json
 from fastadapt.io.tensors import read_tensors

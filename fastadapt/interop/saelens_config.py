@@ -89,13 +89,13 @@ def check_place(metadata: Mapping[str, Any], hooks: Hooks, file: Path) -> None:
     for key in ("hook_head_index", "hook_head_index_out"):
         if (head := metadata.get(key)) is not None:
             raise UserError(
-                f"{file}: {key}: expected null, a coder of a whole hook, got head {head}; this "
-                "library has no coders of single heads"
+                f"{file}: {key}: expected null, a whole hook, got head {head}; this "
+                "library has no SAEs of single heads"
             )
     folded = (metadata.get("model_from_pretrained_kwargs") or {}).get("fold_ln")
     if folded and hooks.input == PLACES["mlp_in"]:
         raise UserError(
-            f"{file}: model_from_pretrained_kwargs.fold_ln: expected false for a coder of "
+            f"{file}: model_from_pretrained_kwargs.fold_ln: expected false for "
             "mlp.hook_in, got true: it reads the norm's output without the norm's weight. Divide "
             "each row of W_enc by its weight, and set fold_ln to false"
         )
@@ -130,7 +130,7 @@ def empty_coder(config: ConfigFile, facts: Any, file: Path) -> SparseCoder:
         if (value := config.get(key, plain[0])) not in plain:
             raise UserError(
                 f"{file}: {key}: expected {plain[0]}, got {value!r:.80}; fold the scaling into the "
-                "weights in SAELens, and save the coder again"
+                "weights in SAELens, and save it again"
             )
     activation = _ACTIVATIONS[architecture]
     settings: dict[str, Any] = {"n_features": config["d_sae"], "activation": activation}

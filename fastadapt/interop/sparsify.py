@@ -33,6 +33,8 @@ from fastadapt.io.documents import Count, Positive, read_json
 from fastadapt.io.names import check_name
 from fastadapt.io.tensors import open_tensors, read_tensors
 
+__all__ = ["read", "write"]
+
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 #: Names of the tensors of a file, by this library's names.
 NAMES = {
@@ -63,7 +65,8 @@ def write(coders: CoderSet, folder: Path) -> None:
     if len(set(names)) < len(names):
         raise UserError(
             "sparsify needs a module for each layer, and layers "
-            f"{', '.join(map(str, coders.layers))} are all of {names[0]!r:.80}: hooks.output.huggingface has no {{layer}}"
+            f"{', '.join(map(str, coders.layers))} are all of {names[0]!r:.80}: "
+            "hooks.output.huggingface has no {layer}"
         )
     for layer, coder in coders.coders():
         path = folder / _module_name(coders.hooks, layer)
@@ -86,7 +89,7 @@ def check_writable(coders: CoderSet) -> None:
         )
     if coder.config.activation not in ("relu", "topk"):
         raise UserError(
-            f"sparsify has coders with TopK and ReLU, got {coder.config.activation}; export to the "
+            f"sparsify has TopK and ReLU, got {coder.config.activation}; export to the "
             "format saelens"
         )
     if coder.d_in != coder.d_out:
@@ -170,7 +173,7 @@ def _read(folder: Path) -> CoderSet:
     if unknown := sorted(config.keys() - known):
         raise UserError(
             f"{file}: expected the keys {', '.join(sorted(known))}, got {unknown!r:.200}, which "
-            "may change what the coder computes; delete them if they do not"
+            "may change what is computed; delete them if they do not"
         )
     empty = _empty(config, file)
     with open_tensors(folder / WEIGHTS) as tensors:
@@ -201,7 +204,7 @@ def _empty(config: ConfigFile, file: Path) -> SparseCoder:
     for key in ("embed_skip", "gram_lookup"):
         if config.get(key, False):
             raise UserError(
-                f"{file}: {key}: expected false, got true: the coder needs more than its input"
+                f"{file}: {key}: expected false, got true: it needs more than its input"
             )
     d = config["d_in"]
     features = config.get("num_latents", 0) or d * config.get("expansion_factor", 32)

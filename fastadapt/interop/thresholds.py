@@ -9,19 +9,25 @@ T tokens, D width, F features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt.adapter.coder import SparseCoder
 from fastadapt.adapter.coder_files import JUMPRELU, CoderSet, empty_like, fill, round_down
-from fastadapt.adapter.sae import Transcoder
+from fastadapt.adapter.sae import SAE, Transcoder
 from fastadapt.errors import UserError
+from fastadapt.features.store.schema import MANIFEST
+from fastadapt.features.store.source_run import students_of
 from fastadapt.features.store.store import Store
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.organism import resolve
 
 #: Tokens that thresholds are fitted on, and as many that they are measured on.
 TOKENS = 4096
@@ -70,7 +76,7 @@ def fit_threshold(coder: SparseCoder, x: Tensor) -> float:
         150
     """
     if coder.config.activation != "topk":
-        raise UserError(f"expected a coder with topk to fit, got {coder.config.activation}")
+        raise UserError(f"expected a transcoder with topk to fit, got {coder.config.activation}")
     k, active = int(coder.config.k or 0), 0
     largest = x.new_empty(0)
     for chunk in x.split(max(1, _CHUNK // coder.n_features)):
@@ -132,6 +138,56 @@ def with_thresholds(
         for layer, read in coders.layers.items()
     }
     return CoderSet(empty, layers, coders.hooks, coders.model, coders.metadata), fits
+
+
+def fit(
+    coders: CoderSet, source: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
+) -> tuple[CoderSet, dict[int, Fit]]:
+    """Return a set with JumpReLU, as :func:`with_thresholds`, fitted on texts of a store.
+
+    Args:
+        coders: transcoders with TopK.
+        source: folder of the set, or of its run.
+        store: features of a run of the same target; by default those of the source.
+
+    Raises:
+        UserError: no features exist, or those of another target.
+    """
+    if isinstance(coders.empty, SAE):
+        return coders, {}  # refused by the format
+    place = store if store is not None else _store_of(typed_path(source, "run"))
+    opened = Store.open(place)
+    students = students_of(opened, source if store is None else None)
+    names = [coders.model, students.config.target]
+    target, read = (name and os.path.realpath(resolve(name)) for name in names)
+    if target != read:
+        raise UserError(
+            f"{place}: expected features of a run of {coders.model or 'the model of the set'}, got "
+            f"those of {students.config.target}; give another run (--store), or the name of the "
+            "model that the set belongs to (--target)"
+        )
+    inputs = mlp_inputs(students.model, opened)
+    width = next(iter(inputs.values())).shape[1]
+    if not coders.layers.keys() <= inputs.keys() or coders.empty.d_in != width:
+        raise UserError(
+            f"{source}: expected transcoders of {len(inputs)} layers of width {width}, those of "
+            f"{students.config.target}, got layers up to {max(coders.layers)} of width "
+            f"{coders.empty.d_in}"
+        )
+    return with_thresholds(coders, inputs)
+
+
+def _store_of(source: Path) -> Path:
+    """Return the folder of the features of a run, or of a folder of adapters."""
+    around = [source.parent / "features"] if source.name == "adapter" else []
+    for folder in (source, source / "features", *around):
+        if has_file(folder / MANIFEST):
+            return folder
+    raise UserError(
+        f"{source}: this format has no TopK. Thresholds are fitted in its place, on texts of "
+        "collected features: give a run of the same target that has some (--store RUN), or run "
+        f"fastadapt features collect {source}"
+    )
 
 
 def _read_with(

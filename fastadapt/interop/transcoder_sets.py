@@ -7,7 +7,7 @@ input is that of the MLP, after the norm and its weight; the output is that of t
 norm behind it.
 
 circuit-tracer runs a transcoder in place of the MLP. The base's MLP is not linear, so no ``W_skip``
-can hold it: adapters are refused. Its loader of local folders runs TopK as ReLU without a message,
+can hold it: adapters are refused. Its loader of local folders runs TopK silently as ReLU,
 so TopK is refused too; :mod:`fastadapt.interop.thresholds` fits thresholds in its place.
 """
 
@@ -34,6 +34,8 @@ from fastadapt.io.atomic import save_tensors
 from fastadapt.io.documents import Name, read_yaml
 from fastadapt.io.names import typed_path
 from fastadapt.io.tensors import TensorError, open_tensors, read_tensors
+
+__all__ = ["read", "write"]
 
 CONFIG = "config.yaml"
 #: Hooks of the format, as TransformerLens names them, and what they must be.
@@ -100,9 +102,9 @@ def check_writable(coders: CoderSet) -> None:
         )
     if coder.config.activation == "topk":
         raise UserError(
-            "circuit-tracer runs TopK transcoders of a local folder as ReLU without a message. "
-            "Export a run with collected features, on whose texts thresholds are fitted "
-            "(fastadapt features collect RUN), or train with batch_topk"
+            "circuit-tracer runs TopK transcoders of a local folder as ReLU, silently. Fit "
+            "thresholds on the texts of collected features (fastadapt export SET --format "
+            "circuit-tracer --store RUN), or train with batch_topk"
         )
     layers = list(coders.layers)
     if layers != list(range(len(layers))) or coders.hooks != MLP_HOOKS:

@@ -85,7 +85,7 @@ def test_sets_that_cannot_be_written(tmp_path: Path) -> None:
     a, b = (randomised(make_coder("transcoder", name), 0) for name in ("relu", "topk"))
     with pytest.raises(UserError, match="layer 5 differs from layer 2 in class, configuration"):
         CoderSet.from_modules({5: a, 2: b})
-    with pytest.raises(UserError, match="expected coders by layer, got none"):
+    with pytest.raises(UserError, match="expected SAEs or transcoders by layer, got none"):
         CoderSet.from_modules({})
     mixed = CoderSet(a, {0: lambda: a, 7: lambda: b}, metadata={})
     with pytest.raises(UserError, match="layer 7 differs from layer 0"):

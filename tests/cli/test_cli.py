@@ -149,7 +149,9 @@ def test_the_options_of_contrast_are_frozen() -> None:
     assert sorted(open_command("contrast").parser.option_names()) == CONTRAST_OPTIONS.split()
 
 
-EXPORT_OPTIONS = "--base --format --help --model_id --output --overwrite --source_set --target"
+EXPORT_OPTIONS = (
+    "--base --format --help --model_id --output --overwrite --source_set --store --target"
+)
 IMPORT_OPTIONS = "--format --help --model --output --overwrite"
 
 

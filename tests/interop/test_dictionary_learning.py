@@ -113,8 +113,8 @@ def test_an_adapter_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     [
         ("transcoder", "relu", {}, "equal widths of input and output; got d_in=5, d_out=3"),
         ("skip", "relu", {"square": True}, "d_out=5 and a skip"),
-        ("sae", "topk", {}, "for coders that read x itself, got topk"),
-        ("subtracting sae", "jumprelu", {}, "for coders that read x - b_dec, got jumprelu"),
+        ("sae", "topk", {}, "for what reads x itself, got topk"),
+        ("subtracting sae", "jumprelu", {}, "for what reads x - b_dec, got jumprelu"),
     ],
 )
 def test_what_dictionary_learning_lacks_is_refused(

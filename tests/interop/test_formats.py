@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from organism_runs import make_run
 from sets import assert_equal, make_set, outputs, weights_of
 from stores import StoreText, make_store
 
+import fastadapt
 from fastadapt.adapter.coder_files import read_coders, save_coders
 from fastadapt.cli.export import Checkpoint, Coders, Format
 from fastadapt.cli.main import main
@@ -54,6 +56,10 @@ def test_export_and_import_give_the_same_coders(
     printed = capsys.readouterr().out
     assert "2 layers" in printed
     assert f"fastadapt.load_adapters('{back}')" in printed
+    loaded = fastadapt.load_adapters(back)[0][0]
+    assert f"fastadapt.{type(loaded).__name__}:" in printed
+    called = loaded(torch.zeros(2, 5))
+    assert isinstance(called, tuple) == ("out, counts = module(x)" in printed)
     again = read_coders(back)
     assert_equal(HELD[name], again)
     assert again.metadata["imported"] == {"format": name, "path": str(out)}
@@ -63,8 +69,16 @@ def test_export_and_import_give_the_same_coders(
         assert run(*words, "--output", target) == 2
         assert "--overwrite" in capsys.readouterr().err
         assert run(*words, "--output", target, "--overwrite") == 0
-    assert run("import", out, "--output", tmp_path / "named", "--model", "org/b") == 0
-    assert read_coders(tmp_path / "named").model == "org/b"
+    assert run("import", out, "--output", tmp_path / "named", "--model", "org/\u202eb") == 0
+    assert read_coders(tmp_path / "named").model == "org/\u202eb"
+    assert "of org/⟨U+202E⟩b:" in capsys.readouterr().out
+    # An export of another format is replaced too.
+    plain = tmp_path / "plain"
+    save_coders(make_set("subtracting sae", "relu"), plain)
+    for other in ("saelens", "sparsify"):
+        assert run("export", plain, "--format", other, "--output", out, "--overwrite") == 0
+        assert json.loads((out / RECORD).read_text())["format"] == other
+    assert {path.name for path in out.iterdir()} == {RECORD, "layers.0", "layers.1"}
     (out / "notes.txt").write_text("mine")
     assert run("export", ours, "--format", name, "--output", out, "--overwrite") == 2
     assert (out / "notes.txt").read_text() == "mine"
@@ -108,7 +122,27 @@ def test_coders_go_from_format_to_format(tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "nothing": (("import", "{tmp}/none"), "expected a folder, or one with a folder per layer"),
+    "nothing": (("import", "{tmp}/empty"), "expected a folder, or one with a folder per layer"),
+    "no folder": (("import", "org/m"), "org/m: no such folder; download .*hf download org/m"),
+    "a run": (("import", "{tmp}/run"), "run/adapter is a folder of this library"),
+    "a run as adapters": (
+        ("export", "{tmp}/run", "--format", "adapters"),
+        "run/adapter holds adapters in this library's format already",
+    ),
+    "a control character": (("import", "{tmp}/saelens", "--model", "\x1b[31m"), "--model: .*"),
+    "a hidden character": (("import", "a\u202eb"), "a⟨U\\+202E⟩b: no such folder"),
+    "a store for another format": (
+        ("export", "{tmp}/ours", "--format", "saelens", "--store", "{tmp}"),
+        "--store: not used with --format saelens, only with circuit-tracer",
+    ),
+    "TopK without features": (
+        ("export", "{tmp}/topk", "--format", "circuit-tracer"),
+        "has no TopK. .*--store RUN.* fastadapt features collect {tmp}/topk",
+    ),
+    "an import without a name": (
+        ("generate", "{tmp}/nameless", "hello", "--plain"),
+        r"config.yaml, got neither; import the set again and name its model \(--model\)",
+    ),
     "ours": (("import", "{tmp}/ours"), "is a folder of this library"),
     "a format that it is not": (
         ("import", "{tmp}/saelens", "--format", "sparsify"),
@@ -129,15 +163,21 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], str]] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_coders(make_set("skip"), tmp_path / "ours")
+    (tmp_path / "empty").mkdir()
+    save_coders(make_set("adapter"), tmp_path / "run" / "adapter")
+    save_coders(make_set("transcoder", "topk", square=True), tmp_path / "topk")
+    nameless = replace(make_set("transcoder", square=True), model=None)
+    save_coders(replace(nameless, metadata={"imported": {}}), tmp_path / "nameless")
     words = ("--output", tmp_path / "saelens", "--format", "saelens")
     assert run("export", tmp_path / "ours", *words) == 0
     capsys.readouterr()
     typed, reason = MISTAKES[case]
     argv = [word.replace("{tmp}", str(tmp_path)) for word in typed]
-    argv += [] if "--output" in argv else ["--output", str(tmp_path / "out")]
+    argv += [] if {"--output", "generate"} & {*argv} else ["--output", str(tmp_path / "out")]
     assert run(*argv) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert re.search(reason, error), error
+    assert "\x1b" not in error
+    assert re.search(reason.replace("{tmp}", str(tmp_path)), error), error
     assert not (tmp_path / "out").exists()
 
 
@@ -177,11 +217,17 @@ def test_a_run_with_topk_gets_thresholds_fitted_on_its_texts(
         active = int((topk > 0).sum())
         assert int((coder.encode(fitted) > 0).sum()) == active > 80
         assert torch.equal(coder.W_dec, exact.layers[layer]().W_dec)
-    # A folder that is no run has no texts; a format with TopK needs none.
-    b = ("--output", tmp_path / "b", "--format", "circuit-tracer")
-    assert run("export", run_dir / "adapter", *b) == 2
-    assert "runs TopK transcoders of a local folder as ReLU" in capsys.readouterr().err
     assert run("export", run_dir, "--output", tmp_path / "c", "--format", "sparsify") == 0
+    # An import of the same transcoders takes the texts of the run, and gets the same thresholds.
+    assert run("import", tmp_path / "c", "--output", tmp_path / "d") == 0
+    b = ("--output", tmp_path / "b", "--format", "circuit-tracer", "--store", run_dir)
+    assert run("export", tmp_path / "d", *b) == 2
+    assert "got those of" in capsys.readouterr().err  # sparsify's files name no model
+    assert run("export", tmp_path / "d", *b, "--target", "organism/target") == 0
+    imported = weights_of(FORMATS["circuit-tracer"].read(tmp_path / "b"))
+    for layer, weights in weights_of(coders).items():
+        for name, tensor in weights.items():
+            assert torch.equal(imported[layer][name], tensor)
     again = weights_of(FORMATS["sparsify"].read(tmp_path / "c"))
     for layer, weights in weights_of(exact).items():
         assert all(torch.equal(again[layer][name], tensor) for name, tensor in weights.items())

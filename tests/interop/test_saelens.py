@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no k": ({"architecture": "topk"}, "k: expected 1 to d_sae=7, got None"),
     "a head": (
         {"metadata": {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 3}},
-        "hook_head_index: expected null, a coder of a whole hook, got head 3",
+        "hook_head_index: expected null, a whole hook, got head 3",
     ),
     "a head in an older file": ({"hook_point_head_index": 0}, "hook_head_index: .* got head 0"),
     "folded": (
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 "model_from_pretrained_kwargs": {"fold_ln": True},
             }
         },
-        "fold_ln: expected false for a coder of mlp.hook_in",
+        "fold_ln: expected false for mlp.hook_in",
     ),
     "forged": (
         {

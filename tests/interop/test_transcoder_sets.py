@@ -131,7 +131,7 @@ def test_a_fitted_threshold_gives_as_many_active_features() -> None:
     assert int(((few @ sparse.W_enc.T + sparse.b_enc) > threshold).sum()) == active
     with pytest.raises(UserError, match="no feature fires"):
         fit_threshold(sparse, torch.zeros(5, 16))
-    with pytest.raises(UserError, match="expected a coder with topk to fit, got relu"):
+    with pytest.raises(UserError, match="expected a transcoder with topk to fit, got relu"):
         fit_threshold(Transcoder(16, AdapterConfig(8)), x)
 
 

@@ -23,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("public_api.txt")
 #: Commands whose options tests/cli/test_cli.py lists.
 LISTED_ELSEWHERE = {"contrast", "data inspect", "data prepare", "eval", "train", "where"}
+#: Public modules beside ``fastadapt`` and the modules of ``fastadapt.kernels``.
+OTHERS = (
+    "fastadapt.adapter.coder_files",
+    "fastadapt.interop.dictionary_learning",
+    "fastadapt.interop.hu2026",
+    "fastadapt.interop.saelens",
+    "fastadapt.interop.sparsify",
+    "fastadapt.interop.transcoder_sets",
+    "fastadapt.serving",
+)
 
 
 class Text(str):
@@ -78,13 +88,17 @@ def describe(name: str, value: Any) -> Iterator[str]:
 
 
 def public_modules() -> list[str]:
-    """Return ``fastadapt`` and the modules of ``fastadapt.kernels`` that have ``__all__``."""
+    """Return ``fastadapt``, other packages' public modules, and those of ``fastadapt.kernels``."""
     import fastadapt.kernels
 
     modules = {each.name for each in pkgutil.iter_modules(fastadapt.kernels.__path__)}
     modules |= {path.parent.name for path in ROOT.glob("kernels/*/__init__.py")}  # mapped folders
     names = [f"fastadapt.kernels.{name}" for name in sorted(modules)]
-    return ["fastadapt", *(name for name in names if hasattr(import_module(name), "__all__"))]
+    return [
+        "fastadapt",
+        *OTHERS,
+        *(name for name in names if hasattr(import_module(name), "__all__")),
+    ]
 
 
 def command_lines() -> Iterator[str]:

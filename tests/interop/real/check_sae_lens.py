@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from checks import IDS, check, make_pair, report
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
@@ -19,7 +20,9 @@ from fastadapt.adapter.coder_files import CoderSet
 from fastadapt.adapter.hooks import PLACES, name_hook
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.sae import Transcoder
+from fastadapt.errors import UserError
 from fastadapt.interop.saelens import attach, read, write
+from fastadapt.interop.saelens_splice import sample
 
 warnings.filterwarnings("ignore")
 #: A name that TransformerLens knows. In the working folder, it is a folder with the tiny model.
@@ -114,6 +117,14 @@ def unguarded(model: Any, coders: list[Any], without: torch.Tensor, expected: to
     check("adapter: with the real hook name, add_sae would run it in place of the MLP")
 
 
+def record_mlps(coders: list[Any], model: Any, scale: float = 1.0) -> None:
+    """Record the MLPs of a model in transformers as those of the base, as an export does."""
+    for coder in coders:
+        facts = coder.cfg.metadata.fastadapt
+        down = scale * model.model.layers[facts["layer"]].mlp.down_proj.weight.detach()
+        facts["base_mlp"] = sample(down, down.shape)
+
+
 def splices(path: Path) -> None:
     """Compare logits with ours, for coders attached by ``attach`` and by ``add_sae``."""
     hybrid, tokenizer = make_pair()
@@ -134,15 +145,25 @@ def splices(path: Path) -> None:
                 assert model.hook_dict.keys() >= set(names)
             theirs = [SAE.load_from_disk(p) for p in sorted((path / f"splice {kind}").iterdir())]
             torch.testing.assert_close(model(IDS), without, rtol=0, atol=ROUNDING)
+            if kind == "adapter":
+                record_mlps(theirs, hybrid)
+                record_mlps(theirs, hybrid, scale=1.01)
+                with pytest.raises(UserError, match="is not that of"):
+                    attach(model, theirs)
+                record_mlps(theirs, hybrid)
             attach(model, theirs)
             error = float((model(IDS) - expected).abs().max())
             assert error < ROUNDING, error
+            with pytest.raises(UserError, match="already"):
+                attach(model, theirs)
             theirs[0].hook_sae_acts_post.add_hook(lambda acts, hook: acts * 0)
             changed = float((model(IDS) - expected).abs().max())
             assert changed > 0.1, changed  # features can be changed there
             theirs[0].reset_hooks()
             model.reset_hooks(including_permanent=True)
             torch.testing.assert_close(model(IDS), without, rtol=0, atol=ROUNDING)
+            attach(model, theirs)  # not refused after the reset
+            model.reset_hooks(including_permanent=True)
             check(f"{kind} in {name}: attached, logits differ by {error:.1e} from ours")
             error = float((model.run_with_saes(IDS, saes=theirs) - expected).abs().max())
             if kind == "adapter":
