@@ -211,11 +211,10 @@ def check_ids(ids: Sequence[int] | Tensor, n_rows: int, name: str) -> None:
         fastadapt.errors.UserError: row 2: expected tokens below 40, the rows of the model's \
 embedding, got token 40. Resize the embedding to the tokenizer, or leave such texts out
     """
-    is_tensor = isinstance(ids, Tensor)
-    lowest = int(ids.min()) if is_tensor else min(ids)
+    lowest = int(ids.min()) if isinstance(ids, Tensor) else min(ids)
     if lowest < 0:
         raise UserError(f"{name}: expected tokens of 0 or more, got token {lowest:,}")
-    highest = int(ids.max()) if is_tensor else max(ids)
+    highest = int(ids.max()) if isinstance(ids, Tensor) else max(ids)
     if highest >= n_rows:
         raise UserError(
             f"{name}: expected tokens below {n_rows:,}, the rows of the model's embedding, got "

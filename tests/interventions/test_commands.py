@@ -14,7 +14,7 @@ from fastadapt.cli.main import main
 FINISHED = Path(__file__).parents[1] / "cli" / "old_files" / "finished"
 KINDS = {
     "ablate": ("--ablate", "0/1,2/3"),
-    "only": ("--only", "none"),
+    "only": ("--only", "0/1,0/2,0/5,1/3,1/9,2/3,2/7,3/5,3/11"),
     "onto-target": ("--onto-target", "0/1,2/3", "--scale", "-1"),
 }
 PROMPT = "tom has 3 apples ."
