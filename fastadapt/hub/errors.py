@@ -82,8 +82,8 @@ def is_unreachable(error: BaseException) -> bool:
 
     A connection that broke is another error.
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
     broken = isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError)
     return isinstance(error, OSError) and not broken
 
