@@ -178,6 +178,13 @@ class Revisions(TypedDict, total=False):
     base: Name | None
 
 
+class Digests(TypedDict, total=False):
+    """Fingerprints of the models that the adapters were trained with."""
+
+    target: Name | None
+    base: Name | None
+
+
 class Weights(TypedDict, total=False):
     """Loss weights of the run, as read from ``metadata``. Other settings are not read."""
 
@@ -216,6 +223,9 @@ class Metadata(TypedDict, total=False):
     base: Name | None
     model: Name | None
     revisions: Revisions | None
+    weights: Digests | None
+    configs: Digests | None
+    versions: dict[str, str] | None
     # msgspec 0.22 corrupts memory for a string of two constraints, such as Name, beside a mapping.
     family: str | Mapped | None
     architecture: Name | None

@@ -22,6 +22,7 @@ from fastadapt.effects.texts import (
     unit_row,
 )
 from fastadapt.errors import UserError
+from fastadapt.features.store.characters import visible_lines
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
 from fastadapt.io.names import typed_path
@@ -252,7 +253,7 @@ def generate(
     if json:
         print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
         return 0
-    print(responses_text(responses))
+    print(visible_lines(responses_text(responses)))
     for each in responses:
         if each.finish == "length":
             say(f"{each.model}: ended after {len(each.tokens):,} tokens (--max_new_tokens)")
@@ -313,7 +314,7 @@ def intervene(
     its own, which evaluation, generation and serving read like any other.
 
     Args:
-        run: a run with collected features
+        run: a run; with collected features for a set of the run
         ablate: remove these features: a set of the run, its file, or features such as 2/17,3/401
         only: remove all other features; none: remove every feature, which leaves the bias b_dec
         onto_target: add these features, scaled, to the target itself
@@ -325,7 +326,7 @@ def intervene(
     from fastadapt.features.store.sets import find_set
     from fastadapt.interventions import Intervention
     from fastadapt.interventions.files import intervene as save_intervention
-    from fastadapt.interventions.files import no_features
+    from fastadapt.interventions.files import named_features, no_features
 
     typed = {"ablate": ablate, "only": only, "onto-target": onto_target}
     chosen = {kind: name for kind, name in typed.items() if name is not None}
@@ -333,11 +334,16 @@ def intervene(
         got = ", ".join(f"--{kind}" for kind in chosen) or "none"
         raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
     ((kind, name),) = chosen.items()
-    bias_alone = (kind, name) == ("only", "none")
+    if (kind, name) == ("only", "none"):
+        features = no_features(run)
+    elif "/" in name and not name.endswith(".json") and store is None:
+        features = named_features(run, name.split(","))
+    else:
+        features = find_set(store or run, name)
     folder = save_intervention(
         run,
         output,
-        no_features(run) if bias_alone else find_set(store or run, name),
+        features,
         Intervention(kind, scale=scale),  # type: ignore[arg-type]
         overwrite=overwrite,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from fastadapt.adapter.files import CARD, adapters_of
 from fastadapt.errors import UserError
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.models.hf_checkpoint import check_output
+from fastadapt.models.huggingface.checkpoint import check_output
 from fastadapt.models.sources.fingerprint import fingerprints, warn_of_changes
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.organism import resolve

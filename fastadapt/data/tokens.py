@@ -202,7 +202,7 @@ def check_ids(ids: Sequence[int] | Tensor, n_rows: int, name: str) -> None:
         name: name of the text in the message.
 
     Raises:
-        UserError: an id is ``n_rows`` or more.
+        UserError: an id is below 0, or ``n_rows`` or more.
 
     Example:
         >>> check_ids([3, 40], 40, "row 2")
@@ -211,6 +211,9 @@ def check_ids(ids: Sequence[int] | Tensor, n_rows: int, name: str) -> None:
         fastadapt.errors.UserError: row 2: expected tokens below 40, the rows of the model's \
 embedding, got token 40. Resize the embedding to the tokenizer, or leave such texts out
     """
+    lowest = int(ids.min()) if isinstance(ids, Tensor) else min(ids)
+    if lowest < 0:
+        raise UserError(f"{name}: expected tokens of 0 or more, got token {lowest:,}")
     highest = int(ids.max()) if isinstance(ids, Tensor) else max(ids)
     if highest >= n_rows:
         raise UserError(

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt.data.sequences import DataConfig
 from fastadapt.data.tokens import check_ids
 from fastadapt.effects.activity import activity_of
 from fastadapt.effects.arms import BIAS, Arm, arms_of
@@ -52,8 +53,10 @@ from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.interventions import SCALE
 from fastadapt.io.documents import check
-from fastadapt.io.names import typed_path
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.organism import NAMES
+from fastadapt.training.config import load_data
+from fastadapt.training.run_dir import CONFIG
 
 RESULT = "contrast.json"
 #: All entries that the folder may have.
@@ -236,20 +239,30 @@ def _plain(word: str) -> str:
 
 def _source(run: RunContents, responses: str | None) -> Source:
     """Return the default source of labels: slips for an embedded pair's own data, else words."""
-    generated = run.config is not None and run.config.data.validation in NAMES
+    data = _data(run)
+    generated = data is not None and data.validation in NAMES
     return "slips" if generated and responses is None else "words"
+
+
+def _data(run: RunContents) -> DataConfig | None:
+    """Return the settings of a run's data, or of an intervention's; None for adapters alone."""
+    if run.config is not None:
+        return run.config.data
+    path = Path(str(run.models.compared[RUN].run)) / CONFIG
+    return load_data(path) if has_file(path) else None
 
 
 def _texts(run: RunContents, n: int, responses: str | None) -> list[Text]:
     """Return the first responses of a file with their prompts, or the run's held-out data."""
     n_rows, context = len(run.model.head), run.model.model.config.max_position_embeddings
     if responses is None:
-        if run.config is None:
+        data = _data(run)
+        if data is None:
             raise UserError(
                 "this folder of adapters records no held-out data; give texts (--responses FILE)"
             )
         # The bound of the validation during training does not count: --n is the bound here.
-        data = dataclasses.replace(run.config.data, max_validation=None)
+        data = dataclasses.replace(data, max_validation=None)
         texts, beyond = held_out_texts(data, run.pair.tokenizer, n, n_rows, context)
         if beyond:
             run.models.notes["texts"] = (

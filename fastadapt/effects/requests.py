@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
@@ -116,6 +118,31 @@ def _markers(models: ModelSet) -> Markers:
     """Return the run's ``data.markers``; ``text`` for a folder of adapters without settings."""
     recorded = held_out(_run_folder(models))
     return recorded.markers if recorded else "text"
+
+
+def ids_of(tokens: Any) -> list[int]:
+    """Return token ids, ``[T]`` or ``[1, T]``, as a list.
+
+    Args:
+        tokens: a sequence, a tensor or an array of whole numbers.
+
+    Raises:
+        UserError: ``tokens`` is something else, or has no token.
+
+    Example:
+        >>> ids_of([[5, 9]])
+        [5, 9]
+    """
+    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(plain, list | tuple) and len(plain) == 1 and isinstance(plain[0], list | tuple):
+        (plain,) = plain
+    fine = isinstance(plain, list | tuple | range) and len(plain) > 0
+    if not fine or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in plain):
+        got = f"{plain!r:.60}"
+        if isinstance(tokens, Mapping):
+            got = "a tokenizer's result; give its input_ids"
+        raise UserError(f"text: expected a text or token ids [T], whole numbers, got {got}")
+    return list(map(int, plain))
 
 
 def check_text(models: ModelSet, ids: Sequence[int]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastadapt.data.rendered import Prefill
 from fastadapt.effects.generate import GenerateConfig, generate
-from fastadapt.effects.requests import RUN, check_text, factors_of, prompt_ids
+from fastadapt.effects.requests import RUN, check_text, factors_of, ids_of, prompt_ids
 from fastadapt.effects.texts import Rows
 from fastadapt.effects.trace import ADAPTER, firings, promotes, trace
 from fastadapt.effects.views import (
@@ -26,6 +27,7 @@ from fastadapt.effects.views import (
 from fastadapt.errors import UserError, require
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
+from fastadapt.features.store.characters import visible
 from fastadapt.features.store.details import first_descriptions, read_details
 from fastadapt.features.store.logit_lens import strings_of
 from fastadapt.features.store.schema import MANIFEST
@@ -39,10 +41,11 @@ from fastadapt.reporting.formatting import number
 from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
 from fastadapt.training.config import recorded_config
-from fastadapt.training.logs.run_log import comparison, read_summary
+from fastadapt.training.logs.run_log import TRAINED, comparison, read_summary
 from fastadapt.training.run_dir import CONFIG, SUMMARY
 
-#: A text, or its token ids ``[T]``.
+_NO_FEATURES = "this run trained no transcoders, so it has no features"
+#: A text, or its token ids ``[T]`` or ``[1, T]``.
 Text = str | Sequence[int] | Tensor
 
 
@@ -81,7 +84,7 @@ class LoadedRun(RunContents):
         Raises:
             UserError: the run has no transcoders, or the text is empty or too long.
         """
-        require(top >= 0, "top", "0 or more", top)
+        _check_count("top", top)
         ids = self._ids(text, plain)
         check_text(self.models, ids)
         fires = firings(self, ids)
@@ -105,8 +108,10 @@ class LoadedRun(RunContents):
         Raises:
             UserError: no features were collected, or the feature does not exist.
         """
-        require(examples >= 0, "examples", "0 or more", examples)
+        _check_count("examples", examples)
         if self.store is None:
+            if self.models.compared[RUN].kind != "transcoder":
+                raise UserError(f"{self.source}: {_NO_FEATURES}")
             raise UserError(
                 f"{self.source}: no features were collected from this run yet; run "
                 f"{self._collect}, or give the folder of a store (fastadapt.load(..., store=...))"
@@ -146,12 +151,12 @@ class LoadedRun(RunContents):
             RunError: a prediction is not finite.
         """
         config = GenerateConfig(
-            tuple(models), temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+            _names(models), temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
         )
-        scaled = [f"{_name(key)}={float(factor)!r}" for key, factor in (scale or {}).items()]
-        factors = factors_of(self, without, scaled)
+        factors = factors_of(self, _names(without), _scaled({} if scale is None else scale))
         config.check_factors(factors)
-        return Responses(generate(self, self._ids(prompt, plain, prefill), config, factors))
+        responses = generate(self, self._ids(prompt, plain, prefill), config, factors)
+        return Responses(responses, self._trained)
 
     def kl(self, text: Text, *, plain: bool = True, base: bool = False) -> TextKL:
         """Return KL(target ‖ model) of the next token after each token, of hybrid and adapter.
@@ -166,7 +171,7 @@ class LoadedRun(RunContents):
             UserError: the text is empty or too long.
             RunError: a prediction is not finite.
         """
-        return TextKL(trace(self, self._ids(text, plain), base=base))
+        return TextKL(trace(self, self._ids(text, plain), base=base), self._trained)
 
     def push_to_hub(
         self,
@@ -194,6 +199,10 @@ class LoadedRun(RunContents):
         return Path(str(self.models.compared[RUN].run))
 
     @property
+    def _trained(self) -> str:
+        return TRAINED[self.models.compared[RUN].kind]
+
+    @property
     def _collect(self) -> str:
         """The command that collects features; not into the hub's cache."""
         output = "" if self.commit is None else " --output FOLDER"
@@ -202,10 +211,7 @@ class LoadedRun(RunContents):
     def _ids(self, text: Text, plain: bool, prefill: Prefill | None = None) -> list[int]:
         if isinstance(text, str):
             return prompt_ids(self.models, text, plain=plain, prefill=prefill)
-        ids = torch.as_tensor(text, dtype=torch.int64)
-        if ids.ndim != 1:
-            raise UserError(f"text: expected a text or token ids [T], got shape {list(ids.shape)}")
-        return [int(i) for i in ids]
+        return ids_of(text)
 
     def _facts(self) -> list[list[str]]:
         card = read_adapters(self.models.folder(RUN))[1]
@@ -219,13 +225,15 @@ class LoadedRun(RunContents):
             revision = getattr(config, f"{role}_revision")
             name = card["metadata"].get(role) or getattr(config, role)
             facts.append([role, name if revision is None else f"{name} at {revision}"])
-        if self.store is None:
+        if "adapter" not in card:
+            facts.append(["features", "none: this run trained no transcoders"])
+        elif self.store is None:
             facts.append(["features", f"not collected ({self._collect})"])
         else:
             data = self.store.manifest["data"]
             texts = f"{number(data['tokens'])} tokens of {number(data['texts'])} texts"
             facts.append(["features", f"collected from {texts}"])
-        return facts
+        return [[name, visible(value)] for name, value in facts]
 
     def _results(self) -> Rows | None:
         summary = read_summary(self._folder / SUMMARY)
@@ -234,12 +242,14 @@ class LoadedRun(RunContents):
     def __repr__(self) -> str:
         facts, results = self._facts(), self._results()
         width = max(len(name) for name, _ in facts)
-        lines = [self.source, *(f"  {name:<{width}}  {value}" for name, value in facts)]
+        lines = [visible(self.source), *(f"  {name:<{width}}  {value}" for name, value in facts)]
         return "\n".join([*lines, *([] if results is None else ["", table_text(*results)])])
 
     def _repr_html_(self) -> str:
         results = self._results()
-        return render("loaded-run.html.j2", name=self.source, facts=self._facts(), results=results)
+        return render(
+            "loaded-run.html.j2", name=visible(self.source), facts=self._facts(), results=results
+        )
 
 
 def load(
@@ -302,6 +312,31 @@ def load(
 load_run = load
 
 
-def _name(key: Any) -> str:
-    is_pair = isinstance(key, tuple) and len(key) == 2
-    return f"{key[0]}/{key[1]}" if is_pair else str(key)
+def _check_count(name: str, value: Any) -> None:
+    require(isinstance(value, Integral), name, "a whole number", value)
+    require(value >= 0, name, "0 or more", value)
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _scaled(scale: Any) -> list[str]:
+    """Return factors of features as a command's ``--scale`` names them."""
+    expected = "factors by feature, such as {(2, 17): 0.0}"
+    require(isinstance(scale, Mapping), "scale", expected, scale)
+    texts = []
+    for key, factor in scale.items():
+        pair = (
+            isinstance(key, tuple) and len(key) == 2 and all(isinstance(i, Integral) for i in key)
+        )
+        require(pair or isinstance(key, str), "scale", f"{expected}, or by the name of a set", key)
+        require(
+            isinstance(factor, Real) and math.isfinite(factor),
+            f"scale of {key}",
+            "a finite number",
+            factor,
+        )
+        name = f"{key[0]}/{key[1]}" if pair else key
+        texts.append(f"{name}={float(factor)!r}")
+    return texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fastadapt.effects.generate import Generated
-from fastadapt.effects.trace import Firing, Trace, promotes
+from fastadapt.effects.trace import ADAPTER, Firing, Trace, promotes
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.details import UnitDetails, token_text
 from fastadapt.features.store.sets import Pair
@@ -63,10 +63,11 @@ def unit_lines(unit: UnitDetails) -> list[str]:
     return lines
 
 
-def token_table(traced: Trace) -> Rows:
+def token_table(traced: Trace, trained: str = ADAPTER) -> Rows:
     """Return a row per token: the target's likeliest next token, and each model's KL there.
 
-    A KL is followed by the model's likeliest next token unless it is the target's.
+    A KL is followed by the model's likeliest next token unless it is the target's. ``trained`` is
+    the name of the trained part in the head.
     """
     rows = []
     for i, token in enumerate(traced.tokens):
@@ -76,7 +77,8 @@ def token_table(traced: Trace) -> Rows:
             said = traced.predicted[model][i][0]
             row.append(number(kl[i]) + ("" if said == following else f" {token_text(said)}"))
         rows.append(row)
-    return ["", "token", "target, next", *(f"KL of {model}" for model in traced.kl)], rows
+    names = (trained if model == ADAPTER else model for model in traced.kl)
+    return ["", "token", "target, next", *(f"KL of {name}" for name in names)], rows
 
 
 def features_table(
@@ -140,8 +142,14 @@ def trace_tables(run: RunContents, traced: Trace, top: int) -> tuple[Rows, Rows,
     )
 
 
-def responses_text(responses: Sequence[Generated]) -> str:
-    """Return the texts of responses, each below its model's name if there are several."""
+def responses_text(responses: Sequence[Generated], trained: str = ADAPTER) -> str:
+    """Return the texts of responses, each below its model's name if there are several.
+
+    ``trained`` is the name of the trained part.
+    """
     if len(responses) == 1:
         return responses[0].text
-    return "\n\n".join(f"--- {each.model}\n{each.text}" for each in responses)
+    names = [trained if each.model == ADAPTER else each.model for each in responses]
+    return "\n\n".join(
+        f"--- {name}\n{each.text}" for name, each in zip(names, responses, strict=True)
+    )

@@ -19,7 +19,7 @@ from fastadapt.effects.texts import (
     token_table,
     unit_lines,
 )
-from fastadapt.effects.trace import Firing, Trace, totals
+from fastadapt.effects.trace import ADAPTER, Firing, Trace, totals
 from fastadapt.errors import UserError
 from fastadapt.features.store.characters import visible, visible_lines
 from fastadapt.features.store.details import UnitDetails, token_text
@@ -166,9 +166,11 @@ class TextKL:
 
     Attributes:
         trace: the predictions and KLs at each token.
+        trained: name of the trained part in tables; it is ``adapter`` in the trace.
     """
 
     trace: Trace
+    trained: str = ADAPTER
 
     def __getitem__(self, model: str) -> list[float]:
         """Return the KL after each token of ``base``, ``hybrid`` or ``adapter``."""
@@ -181,13 +183,16 @@ class TextKL:
         kl = self[model]
         return sum(kl) / len(kl)
 
+    def _shown(self, model: str) -> str:
+        return self.trained if model == ADAPTER else model
+
     def _means(self) -> str:
-        means = (f"{model} {number(self.mean(model))}" for model in self.trace.kl)
+        means = (f"{self._shown(model)} {number(self.mean(model))}" for model in self.trace.kl)
         summary = f"mean KL to the target, nats per token: {', '.join(means)}"
         return "\n".join([summary, *self.trace.notes.values()])
 
     def __repr__(self) -> str:
-        return f"{table_text(*token_table(self.trace), left=True)}\n\n{self._means()}"
+        return f"{table_text(*token_table(self.trace, self.trained), left=True)}\n\n{self._means()}"
 
     def _repr_html_(self) -> str:
         target = self.trace.predicted["target"]
@@ -196,19 +201,19 @@ class TextKL:
             places = zip(self.trace.tokens, kl, self.trace.predicted[model], target, strict=True)
             lines.append(
                 (
-                    model,
+                    self._shown(model),
                     [
                         {
                             "token": visible(token),
                             "shade": _shade(1 - math.exp(-size)),
                             "about": f"KL {number(size)} after {token_text(token)}\n"
-                            f"target: {_likely(theirs)}\n{model}: {_likely(ours)}",
+                            f"target: {_likely(theirs)}\n{self._shown(model)}: {_likely(ours)}",
                         }
                         for token, size, ours, theirs in places
                     ],
                 )
             )
-        numbers = token_table(self.trace)
+        numbers = token_table(self.trace, self.trained)
         return render("text-kl.html.j2", means=self._means(), lines=lines, numbers=numbers)
 
 
@@ -218,14 +223,16 @@ class Responses:
 
     Attributes:
         responses: the responses, in the order of the models that were asked.
+        trained: name of the trained part where names are shown; its model is ``adapter``.
     """
 
     responses: Sequence[Generated]
+    trained: str = ADAPTER
 
     @property
     def text(self) -> str:
         """The response, below the model's name if there are several."""
-        return responses_text(self.responses)
+        return responses_text(self.responses, self.trained)
 
     def __getitem__(self, model: str) -> Generated:
         """Return the response of a model."""
@@ -236,10 +243,13 @@ class Responses:
         raise UserError(f"model: expected one of {names}, got {model!r}")
 
     def __repr__(self) -> str:
-        return self.text
+        return visible_lines(self.text)
 
     def _repr_html_(self) -> str:
-        shown = [(each, visible_lines(each.text)) for each in self.responses]
+        shown = [
+            (self.trained if each.model == ADAPTER else each.model, each, visible_lines(each.text))
+            for each in self.responses
+        ]
         return render("responses.html.j2", responses=shown)
 
 

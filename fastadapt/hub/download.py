@@ -8,13 +8,15 @@ from pathlib import Path
 
 from fastadapt.adapter.files import CARD, PATTERNS
 from fastadapt.errors import UserError
-from fastadapt.hub.errors import hub_errors
+from fastadapt.hub.errors import hub_errors, is_unreachable
 from fastadapt.hub.names import is_local, split_revision
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.training.run_dir import ADAPTER, CONFIG, SUMMARY
 
 #: Files of a run in a repository. No other file is downloaded.
 SHARED = (*(f"{ADAPTER}/{name}" for name in PATTERNS), CONFIG, SUMMARY, *PATTERNS)
+
+_TIMEOUT = 5.0  # seconds until a hub without an answer counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def locate(run: str | os.PathLike[str], revision: str | None = None) -> Located:
     """Return the folder of a run; download the run if it is a repository of the hub.
 
     A name that could be a path is never looked up on the hub, see
-    :func:`fastadapt.hub.names.is_local`. Only adapters, configuration and summary are downloaded,
-    into the hub's cache.
+    :func:`fastadapt.hub.names.is_local`. With HF_HUB_OFFLINE, or if the hub does not answer within
+    seconds, the run is that of the hub's cache. Only adapters, configuration and summary are
+    downloaded, into the hub's cache.
 
     Args:
         run: a folder, ``owner/name`` or ``owner/name@revision``.
@@ -65,6 +68,22 @@ def locate(run: str | os.PathLike[str], revision: str | None = None) -> Located:
     return Located(folder, repository, folder.name)
 
 
+def _is_reachable(repository: str, revision: str | None) -> bool:
+    """Return whether the hub answers, after one try: the client itself tries for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT)
+    except OfflineModeIsEnabled:
+        return False
+    except HfHubHTTPError:
+        return True  # an answer, which the download gets, too
+    except HTTPError as error:
+        return not is_unreachable(error)
+    return True
+
+
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -75,6 +94,7 @@ def _download(repository: str, revision: str | None) -> Path:
             repository,
             revision=revision,
             allow_patterns=list(SHARED),
+            local_files_only=not _is_reachable(repository, revision),
             library_name="fastadapt",
             library_version=__version__,
         )

@@ -77,6 +77,17 @@ def hub_errors(
         raise RunError(_failed(repository, _reason(error), writing)) from error
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether an error of the client says that no connection was made in time.
+
+    A connection that broke is another error.
+    """
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    broken = isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError)
+    return isinstance(error, OSError) and not broken
+
+
 def _failed(repository: str, reason: str, writing: bool) -> str:
     if not writing:
         return f"{repository}: {reason}. Run the same command again."

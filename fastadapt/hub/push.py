@@ -63,8 +63,8 @@ def push(
 
     Raises:
         UserError: the run cannot be shared (:func:`fastadapt.hub.contents.read_shared`); a file
-            would name the home folder or the run's folder of this machine; the repository holds other files, is public though ``private`` is true, or may not be
-            written.
+            would name the home folder or the run's folder of this machine; the repository holds
+            other files, is public though ``private`` is true, or may not be written.
         RunError: the upload was interrupted.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants

@@ -21,7 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.atomic import writing_folder
 from fastadapt.io.documents import Name, check
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.models.hf_checkpoint import check_output
+from fastadapt.models.huggingface.checkpoint import check_output
 
 if TYPE_CHECKING:
     from fastadapt.interop.thresholds import Fit

@@ -30,7 +30,7 @@ from fastadapt.interop.hu2026_format import (
     write_published,
 )
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_checkpoint import (
+from fastadapt.models.huggingface.checkpoint import (
     SHARD_BYTES,
     Lazy,
     adapter_tensors,

@@ -21,7 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import check, read_text
 from fastadapt.io.names import in_model
 from fastadapt.io.tensors import check_tensor
-from fastadapt.models.hf_checkpoint import (
+from fastadapt.models.huggingface.checkpoint import (
     CONFIG,
     INDEX,
     Companions,

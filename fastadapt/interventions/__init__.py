@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.features.store.sets import FeatureSet
-from fastadapt.models.hf_classes import AdaptedModel
+from fastadapt.models.huggingface.classes import AdaptedModel
 from fastadapt.models.replacement import ReplacementModel
 
 Kind = Literal["ablate", "only", "onto-target"]

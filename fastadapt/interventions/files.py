@@ -8,7 +8,8 @@ with the scaled set, and the hybrid is the target.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from fastadapt.adapter.files import adapters_of, read_transcoders, write_adapters
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import read_pair
-from fastadapt.features.store.sets import FeatureSet
+from fastadapt.features.store.sets import FeatureSet, pair_of
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
@@ -117,10 +118,23 @@ def no_features(run: str | os.PathLike[str]) -> FeatureSet:
     Raises:
         UserError: the run does not exist, or has no transcoders.
     """
+    return replace(named_features(run, ()), expression="no feature", name="no features")
+
+
+def named_features(run: str | os.PathLike[str], names: Sequence[str]) -> FeatureSet:
+    """Return the features of a run with these names, such as ``2/17``; no store is read.
+
+    Raises:
+        UserError: the run does not exist, has no transcoders, or has no such feature.
+    """
     source = adapters_of(run)
     layers, card = read_transcoders(source, "an intervention")
-    shape = len(layers), card["adapter"].features
-    return FeatureSet(adapter_digest(source), shape, (), "no feature", "no features")
+    return FeatureSet.from_pairs(
+        map(pair_of, names),
+        adapter=adapter_digest(source),
+        shape=(len(layers), card["adapter"].features),
+        expression=f"features {' '.join(names)}",
+    )
 
 
 def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:

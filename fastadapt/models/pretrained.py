@@ -413,7 +413,7 @@ def load_causal_lm(
         known = _without_mlps(AutoModelForCausalLM._model_mapping[type(config)], paths)
         inside = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
         besides |= {key for pair in names.items() if inside.match(pair[1]) for key in pair}
-    with reading(role, source), _errors_only() if besides else nullcontext():
+    with reading(role, source), _no_bar(), _errors_only() if besides else nullcontext():
         loaded: Any = known.from_pretrained(
             source,
             config=config,
@@ -468,6 +468,20 @@ def _bound_masks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "self_attn":
             module.register_forward_pre_hook(bound, with_kwargs=True)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Hide transformers' progress bar of reading weights, which are on this machine already."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ without remote code::
 vLLM registers the classes itself, through :mod:`fastadapt.serving.vllm_plugin`.
 """
 
-from fastadapt.models.hf_classes import AdaptedCausalLM, AdaptedModel, register
+from fastadapt.models.huggingface.classes import AdaptedCausalLM, AdaptedModel, register
 from fastadapt.serving.export import export
 
 __all__ = ["AdaptedCausalLM", "AdaptedModel", "export", "register"]

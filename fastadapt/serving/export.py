@@ -9,7 +9,7 @@ from typing import Any
 from fastadapt.adapter.files import read_transcoders
 from fastadapt.errors import UserError
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_checkpoint import (
+from fastadapt.models.huggingface.checkpoint import (
     SHARD_BYTES,
     adapter_tensors,
     as_json,
@@ -18,7 +18,7 @@ from fastadapt.models.hf_checkpoint import (
     target_values,
     write_checkpoint,
 )
-from fastadapt.models.hf_classes import classes_of, model_type_of
+from fastadapt.models.huggingface.classes import classes_of, model_type_of
 
 
 def export(

@@ -16,8 +16,8 @@ from __future__ import annotations
 import importlib.util
 
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_classes import classes_of
-from fastadapt.models.hf_classes import register as register_with_transformers
+from fastadapt.models.huggingface.classes import classes_of
+from fastadapt.models.huggingface.classes import register as register_with_transformers
 
 #: vLLM's class for causal language models of transformers. vLLM imports it when it is needed.
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"

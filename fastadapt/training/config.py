@@ -315,6 +315,22 @@ def recorded_config(path: Path) -> TrainConfig | None:
     return load_config(path)
 
 
+def load_data(path: Path) -> DataConfig:
+    """Read the section ``data`` of a configuration, which may be an intervention's.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    values = read_yaml(path, dict[str, Any])
+    try:
+        sections = {name: values[name] for name in ("pair", "data") if name in values}
+        take_trust(sections)
+        config = from_dict({**sections, "run": {"output": str(path.parent)}})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return typing.cast(TrainConfig, config).data
+
+
 def take_trust(values: Any) -> bool:
     """Remove ``pair.trust_remote_code`` from the values of a file; return whether it was set.
 

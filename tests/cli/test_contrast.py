@@ -154,7 +154,7 @@ def test_responses_of_the_target_are_read(
         (("--n", "0"), "n: expected 1 or more, got 0"),
         (("--features", "nobody"), "no set 'nobody'"),
         (("--features", "none.json"), "none.json.*empty"),
-        (("--features", "2/17"), "numbers 0 to 15, got feature 17 of layer 2"),
+        (("--features", "2/17"), "features 0 to 15, got feature 17 of layer 2"),
         (("--scales", "some"), "--scales"),
         (("--caliper", "-1"), "caliper: expected 0 or more"),
         (("--responses", "absent.jsonl"), "absent.jsonl does not exist"),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from damage import Damage, command, document, raw, sweep, thinned, variants
 
-from fastadapt.models.hf_checkpoint import lazy_tensors
+from fastadapt.models.huggingface.checkpoint import lazy_tensors
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.training.config import TRUST, load_config, save_config
 from fastadapt.training.report import write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -13,15 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from by_hand import L, TinyRun, kl_by_hand, models_by_hand, random_adapters
 from stores import StoreText, make_store
+from transformers.utils import logging
 
 import fastadapt
 from fastadapt import ModelPair, PairConfig, ReplacementModel, UserError, save_adapters
-from fastadapt.effects.generate import GenerateConfig, generate
+from fastadapt.adapter.files import CARD
+from fastadapt.effects.generate import GenerateConfig, Generated, generate
 from fastadapt.effects.texts import unit_lines
 from fastadapt.effects.trace import firings, promotes
-from fastadapt.effects.views import FeatureCard
+from fastadapt.effects.views import FeatureCard, Responses
+from fastadapt.features.store.characters import visible
 from fastadapt.features.store.details import read_details, token_text
 from fastadapt.features.store.schema import DESCRIPTIONS, REGIONS
 from fastadapt.interventions import Intervention
@@ -202,6 +207,33 @@ def test_hostile_texts_stay_texts(save_model: Callable[..., str], tmp_path: Path
         assert "\u202e" not in view._repr_html_()
 
 
+def test_no_control_character_reaches_a_terminal_or_a_page(tmp_path: Path) -> None:
+    run = fastadapt.load(shutil.copytree(FINISHED, tmp_path / "run"), device="cpu")
+    assert run.store is not None
+    odd = "\x1b[2J\u202e"
+    row = {"layer": 2, "feature": 7, "variant": "top", "shown": [0]}
+    row |= {"description": f"numbers {odd}", "judge": f"judge {odd}"}
+    run.store.add("descriptions", pa.Table.from_pylist([row], schema=DESCRIPTIONS))
+    responses = Responses([Generated("adapter", [5], f"said {odd}\nmore", "eos")])
+    for view, said in ((run.feature(2, 7), "judge "), (responses, "said ")):
+        for text in (repr(view), view._repr_html_()):
+            assert f"{said}{visible(odd)}" in text
+            assert not {"\x1b", "\u202e"} & set(text)
+    assert "\nmore" in repr(responses)
+    assert responses.text == f"said {odd}\nmore"  # for programs
+
+
+def test_loading_shows_no_bar_and_leaves_the_setting(
+    tiny_run: TinyRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_run.target)
+    assert "Loading weights" in capfd.readouterr().err  # the control
+    assert fastadapt.load(tiny_run.folder, device="cpu").model is not None
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
 def test_a_run_without_store_configuration_or_tokenizer_shows_itself(tiny_run: TinyRun) -> None:
     run = fastadapt.load(tiny_run.folder / "adapter", device="cpu")
     assert (run.store, run.config, run.commit) == (None, None, None)
@@ -239,7 +271,16 @@ def test_a_baseline_has_kls_and_no_features(tiny_run: TinyRun) -> None:
     run = fastadapt.load(folder, device="cpu")
     shown = run.kl(IDS)
     assert shown["adapter"] == pytest.approx(shown["hybrid"], abs=1e-6)  # a new bias adds nothing
+    for text in (repr(shown), page(shown).text):
+        assert "KL of biases" in text
+        assert "adapter" not in text
+    responses = run.generate(IDS, models=["hybrid", "adapter"], max_new_tokens=1)
+    assert "--- biases\n" in repr(responses)
+    assert "biases" in page(responses).text
     assert "hybrid, a bias per layer" in page(run).text
+    assert "none: this run trained no transcoders" in repr(run)
+    with pytest.raises(UserError, match="this run trained no transcoders, so it has no features"):
+        run.feature(0, 1)
     with pytest.raises(UserError, match="expected transcoders, got a baseline"):
         run.features(IDS)
 
@@ -251,12 +292,68 @@ def test_texts_that_cannot_be_read_are_refused(tiny_run: TinyRun) -> None:
         ("", "prompt: expected a text, got none"),
         ([5] * 65, "at most 64 tokens, the model's context, got 65"),
         ([5, 40], "tokens below 40"),
-        ([[5], [6]], r"expected a text or token ids \[T\], got shape \[2, 1\]"),
+        ([5, -1], "expected tokens of 0 or more, got token -1"),
+        ([5, 10**30], "tokens below 40"),
+        ([[5], [6]], r"expected a text or token ids \[T\], whole numbers, got \[\[5\], \[6\]\]"),
+        (torch.tensor([[5], [6]]), r"whole numbers, got \[\[5\], \[6\]\]"),
+        ([], r"whole numbers, got \[\]"),
+        (None, "whole numbers, got None"),
+        (["a", "b"], r"whole numbers, got \['a', 'b'\]"),
+        ([1.9, 2.7], r"whole numbers, got \[1.9, 2.7\]"),
+        (torch.tensor([1.9]), "whole numbers, got"),
+        ({"input_ids": [5]}, "got a tokenizer's result; give its input_ids"),
     ):
         with pytest.raises(UserError, match=message):
             run.features(ids)
         with pytest.raises(UserError, match=message):
             run.kl(ids)
+        if "context" not in message:
+            with pytest.raises(UserError, match=message):
+                run.generate(ids, plain=True, max_new_tokens=1)
+    for ids in (torch.tensor([IDS]), np.array(IDS), [IDS], tuple(IDS)):
+        assert run.kl(ids).trace.ids == IDS
+
+
+def test_impossible_arguments_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = fastadapt.load(shutil.copytree(FINISHED, tmp_path / "run"), device="cpu")
+    monkeypatch.setattr(ModelPair, "load", None)
+    for layer, number_, message in (
+        (0, "x", "feature: expected a whole number, got 'x'"),
+        ("0", 7, "layer: expected a whole number, got '0'"),
+        (0, 1.5, "feature: expected a whole number, got 1.5"),
+        (0.0, 7, "layer: expected a whole number, got 0.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.feature(layer, number_)
+    assert repr(run.feature(np.int64(0), 7)) == repr(run.feature(0, 7))
+    with pytest.raises(UserError, match=r"top: expected a whole number, got 2\.5"):
+        run.features(IDS, top=2.5)
+    with pytest.raises(UserError, match="examples: expected a whole number, got 'x'"):
+        run.feature(0, 7, examples="x")
+    for scale, message in (
+        ({(2, 7): "x"}, r"scale of \(2, 7\): expected a finite number, got 'x'"),
+        ({(2, 7): math.nan}, r"scale of \(2, 7\): expected a finite number, got nan"),
+        ([(2, 7)], r"scale: expected factors by feature, .*, got \[\(2, 7\)\]"),
+        ({(2,): 0.0}, r"scale: expected factors by feature, .*, got \(2,\)"),
+        ({(2, 7.0): 0.0}, r"scale: expected .*, got \(2, 7.0\)"),
+        ({2: 0.0}, r"scale: expected .*, got 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.generate(IDS, scale=scale)
+    with pytest.raises(UserError, match="no set 'few'"):
+        run.generate(IDS, without="few")
+
+
+@pytest.mark.parametrize("entry", ["weights", "configs", "versions"])
+def test_a_card_with_a_list_in_place_of_names_is_refused(entry: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FINISHED / "adapter", tmp_path / "adapter"))
+    card = json.loads((folder / CARD).read_text())
+    card["metadata"][entry] = [1]
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(UserError, match=rf"fastadapt.json: metadata.{entry}: .*object"):
+        fastadapt.load(folder)
 
 
 def test_both_names_are_one_function() -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from fastadapt.adapter.files import CARD
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.hub.names import is_local
 from fastadapt.hub.push import push
+from fastadapt.interventions import Intervention
+from fastadapt.interventions.files import intervene, named_features
 from fastadapt.reporting.formatting import number, percent
 
 FINISHED = Path(__file__).parents[1] / "cli" / "old_files" / "finished"
@@ -187,6 +190,19 @@ def test_what_an_earlier_run_alone_has_is_removed(hub: FakeHub, run: Path, tmp_p
     assert fastadapt.load("ann/run").config is None
 
 
+@pytest.mark.parametrize("kind", ["ablate", "only", "onto-target"])
+def test_a_pushed_intervention_is_loaded(
+    kind: Any, hub: FakeHub, run: Path, tmp_path: Path
+) -> None:
+    """It records pair and data only."""
+    output = intervene(run, tmp_path / kind, named_features(run, ["0/1"]), Intervention(kind))
+    push(output, "ann/changed")
+    loaded = fastadapt.load("ann/changed", device="cpu")
+    assert loaded.config is None
+    assert f"{kind} set (1)" in repr(loaded)
+    assert adapter_digest(loaded.models.folder("run")) == adapter_digest(output / "adapter")
+
+
 # --- names of models ------------------------------------------------------------------------------
 
 
@@ -281,12 +297,12 @@ def test_no_path_of_this_machine_is_uploaded(hub: FakeHub, run: Path) -> None:
     path.write_text(yaml.safe_dump(config))
     path = run / "adapter" / CARD
     card = json.loads(path.read_text())
-    made = "promotes wait and/or 3/4, of /home/SECRET/x.json | ~/SECRET/y.json"
+    words = "promotes wait and/or 3/4, of /home/SECRET/x.json | ~/SECRET/y.json"
     card["metadata"] |= {
         "interventions": [
             {
                 "kind": "ablate",
-                "set": {"name": "/home/SECRET/hesitation", "made": made, "size": 3},
+                "set": {"name": "/home/SECRET/hesitation", "made": words, "size": 3},
                 "sha256": "0" * 64,
                 "run": "~/SECRET/run",
                 "adapter": "0" * 64,
@@ -446,10 +462,13 @@ def test_a_hub_out_of_reach_leaves_the_cache(hub: FakeHub, run: Path) -> None:
     huggingface_hub.close_session()  # a connection that is open would still be answered
     for name in ("ann/run", f"ann/run@{commit}"):
         assert fastadapt.load(name).commit == commit
-    with pytest.raises(
-        UserError, match=r"ann/other: no such folder, and .* cannot be reached, and the hub's cache"
-    ):
-        fastadapt.load("ann/other")
+    start = time.monotonic()
+    for name in ("ann/other", f"ann/other@{'a' * 40}"):
+        with pytest.raises(
+            UserError, match=r"ann/other: no such folder, .* cannot be reached, and the hub's cache"
+        ):
+            fastadapt.load(name)
+    assert time.monotonic() - start < 10  # the client itself tries a commit for 23 s
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
     writing_folder,
 )
-from fastadapt.models.hf_checkpoint import write_checkpoint
+from fastadapt.models.huggingface.checkpoint import write_checkpoint
 from fastadapt.training import loop
 from fastadapt.training import run_dir as rundir
 from fastadapt.training.checkpoint import save_checkpoint

@@ -28,7 +28,7 @@ from fastadapt.io import documents
 from fastadapt.io.atomic import digest, replacing, staged_beside, sweep
 from fastadapt.io.parquet import read_table
 from fastadapt.io.tensors import read_tensors
-from fastadapt.models.hf_checkpoint import companions_of, write_checkpoint
+from fastadapt.models.huggingface.checkpoint import companions_of, write_checkpoint
 from fastadapt.models.pretrained import tensor_files
 from fastadapt.training import checkpoint
 from fastadapt.training.logs.run_log import read_run

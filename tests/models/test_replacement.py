@@ -16,7 +16,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import SMALL_ENTRIES
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_checkpoint import lazy_tensors
+from fastadapt.models.huggingface.checkpoint import lazy_tensors
 from fastadapt.models.pair import choose_attention, choose_device
 from fastadapt.models.pretrained import reading
 from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel

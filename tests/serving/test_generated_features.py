@@ -26,8 +26,8 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import RunError, UserError
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.generated_features import recorded
-from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.huggingface.classes import classes_of
+from fastadapt.models.huggingface.generated_features import recorded
 from fastadapt.models.replacement import ReplacementModel
 
 F, PAD = 24, 2

@@ -25,7 +25,7 @@ from fastadapt import serving
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.huggingface.classes import classes_of
 from fastadapt.models.replacement import ReplacementModel
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])

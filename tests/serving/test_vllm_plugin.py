@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fastadapt.models import hf_classes
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.huggingface import classes
+from fastadapt.models.huggingface.classes import classes_of
 
 WITHOUT = """
 import importlib.metadata, json, sys
@@ -63,4 +63,4 @@ def test_a_configuration_is_read_in_a_process_without_the_plugin() -> None:
     names = [config.__name__, 24, {"n_features": 8}, causal.__name__]
     assert python(UNPICKLE, data) == names
     with pytest.raises(AttributeError, match="has no attribute 'FastadaptBert'"):
-        hf_classes.FastadaptBert  # noqa: B018
+        classes.FastadaptBert  # noqa: B018

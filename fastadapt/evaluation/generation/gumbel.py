@@ -14,7 +14,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fastadapt.data.splitmix import STEP, mix
+from fastadapt.evaluation.splitmix import STEP, mix
 
 
 def request_seed(seed: int, request: str, repetition: int) -> int:

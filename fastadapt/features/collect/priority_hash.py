@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastadapt.data.splitmix import STEP, mix
+from fastadapt.evaluation.splitmix import STEP, mix
 from fastadapt.features.store.schema import KINDS, Kind
 
 

@@ -164,7 +164,7 @@ def _descriptions(
         {
             "description": visible(row["description"]),
             "sample": row["variant"],
-            "judge": row["judge"],
+            "judge": visible(row["judge"]),
             "accuracy": accuracy.get((row["variant"], row["judge"])),
         }
         for row in ordered

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import RunError, UserError, require
 from fastadapt.features.store.schema import (
     COLLECTED,
     KINDS,
@@ -296,6 +297,8 @@ class Store:
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
         """Raise ``UserError`` unless the store has this unit (kind, layer, feature)."""
         n_layers, n_features = self.shape(kind)
+        require(isinstance(layer, Integral), "layer", "a whole number", layer)
+        require(isinstance(feature, Integral), "feature", "a whole number", feature)
         if not 0 <= layer < n_layers:
             raise UserError(f"layer: expected 0 to {n_layers - 1}, got {layer}")
         if not 0 <= feature < n_features:

@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastadapt.models.architectures import ARCHITECTURES
-from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.huggingface.classes import classes_of
 from fastadapt.serving.vllm_plugin import BACKEND
 
 AUTOS = (AutoModel, AutoModelForCausalLM)

@@ -119,7 +119,7 @@ class AdaptedCausalLM(AdaptedModel):
         parent: Any = super()
         if not output_features:
             return parent.generate(inputs, generation_config, *args, **kwargs)
-        from fastadapt.models.generated_features import generate_with_features
+        from fastadapt.models.huggingface.generated_features import generate_with_features
 
         names = list(inspect.signature(parent.generate).parameters)[2:]
         kwargs |= dict(zip(names, args, strict=False))

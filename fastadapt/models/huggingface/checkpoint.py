@@ -300,7 +300,7 @@ def check_output(
 def _is_export(folder: Path) -> bool:
     """Return whether ``config.json`` or the adapters' card has the keys that an export writes."""
     from fastadapt.adapter.files import CARD
-    from fastadapt.models.hf_classes import PREFIX
+    from fastadapt.models.huggingface.classes import PREFIX
 
     config, card = (_object(folder / name) for name in (CONFIG, CARD))
     if str(config.get("model_type")).startswith(PREFIX) or "transcoder_n_features" in config:

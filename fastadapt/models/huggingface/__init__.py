@@ -1,0 +1,1 @@
+"""Models of transformers that hold adapters: classes, checkpoints, features in generation."""
