@@ -211,14 +211,13 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
         True
     """
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     folder = Path(NAMES.get(name, name))
     if folder.is_dir():
         return folder
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # no hub id, such as a name of TransformerLens
+    except ValueError:  # no hub id, such as a name of TransformerLens
         return None
     return Path(file).parent if isinstance(file, str) else None
 
