@@ -49,8 +49,9 @@ def _recall(result: Mapping[str, Any]) -> Table:
         f"describes; duplicates are skipped. {most} units are as many as {most / vocabulary:.0%} "
         f"of the vocabulary, so the first columns say more. {_seeds(seeds).capitalize()}, {k} "
         f"differences each, size {size}. Intervals of 95% over seeds, of the same kinds of "
-        "differences, all from one base; where all seeds are equal, Wilson's over seeds and differences, as if they "
-        f"were independent. {WEIGHTS}: in place of rank-1 components of a LoRA, since the "
+        "differences, all from one base; where all seeds are equal, Wilson's over seeds and "
+        "differences, as if they were independent. "
+        f"{WEIGHTS}: in place of rank-1 components of a LoRA, since the "
         "fine-tuning changes all weights.",
     )
 
