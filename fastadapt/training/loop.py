@@ -45,7 +45,6 @@ from fastadapt.training.planning.recompute import RecomputePlanner
 from fastadapt.training.run_dir import MetricsLog, Record, Sink
 from fastadapt.training.step_data import StepData
 
-
 #: Steps over which the running threshold of batch_topk averages: this share of the run's steps, and
 #: at most this number.
 THRESHOLD_SHARE, THRESHOLD_STEPS = 0.02, 1000
