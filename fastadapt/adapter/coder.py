@@ -197,7 +197,8 @@ class SparseCoder(nn.Module):
         Args:
             min_active: 0-d; NaN if no feature fired, which leaves the threshold unchanged. The
                 first number becomes the threshold itself.
-            decay: weight of the old threshold.
+            decay: weight of the old threshold. The default averages over 1000 steps; a shorter run
+                needs a smaller one, lest its threshold be that of weights long changed.
 
         Raises:
             UserError: the activation is not ``batch_topk``.

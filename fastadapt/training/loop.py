@@ -45,6 +45,22 @@ from fastadapt.training.planning.recompute import RecomputePlanner
 from fastadapt.training.run_dir import MetricsLog, Record, Sink
 from fastadapt.training.step_data import StepData
 
+#: Steps over which the running threshold of batch_topk averages: this share of the run's steps, and
+#: at most this number.
+THRESHOLD_SHARE, THRESHOLD_STEPS = 0.02, 1000
+
+
+def threshold_decay(steps: int) -> float:
+    """Return the weight of the old threshold of batch_topk in each update of a run of ``steps``.
+
+    The threshold must follow the weights until the learning rate has fallen, also in a short run.
+
+    Example:
+        >>> threshold_decay(600), threshold_decay(1_000_000)
+        (0.9166666666666666, 0.999)
+    """
+    return 1 - 1 / min(max(THRESHOLD_SHARE * steps, 1), THRESHOLD_STEPS)
+
 
 class TrainingRun:
     """A training run: models, data, optimizer, counters, log."""
@@ -66,6 +82,7 @@ class TrainingRun:
         self.config, self.folder, self.started = config, folder, started
         self.model, self.feed, self.ranks = model, feed, ranks
         self.steps = feed.steps
+        self.threshold_decay = threshold_decay(feed.steps)
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
         self.optimizer = AdapterOptimizer(named, config.optimizer, config.adapter.lowest_threshold)
@@ -203,7 +220,7 @@ class TrainingRun:
         self.planner.applied(report.calls)
         if self.config.adapter.activation == "batch_topk":
             for adapter, value in zip(self.model.adapters, gathered.min_active(), strict=True):
-                cast(TranscoderAdapter, adapter).update_threshold(value)
+                cast(TranscoderAdapter, adapter).update_threshold(value, self.threshold_decay)
         self.bad_in_row = 0
         self.tokens += gathered.tokens
         self._since_log[0] += gathered.tokens

@@ -23,6 +23,7 @@ from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.config import TrainConfig, load_config
+from fastadapt.training.held_out import evaluate
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.optimizer import learning_rate
 from fastadapt.training.run_dir import MetricsLog, read_records
@@ -268,6 +269,24 @@ def test_the_running_threshold_follows_the_smallest_activation(
     assert [a.threshold.item() for a in adapters] == [0, 0]
     run.advance()
     assert all(a.threshold.item() > 0 for a in adapters)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_running_threshold_gives_the_l0_of_training(
+    make_run: Callable[..., TrainingRun], follows: bool
+) -> None:
+    """A short run's threshold is that of its last steps; an average over 1000 steps is not."""
+    k = 2.0
+    run = make_run(
+        **{"adapter.activation": "batch_topk", "adapter.k": k, "objective.sparsity": 0.0},
+        **{"optimizer.epochs": 5, "optimizer.lr": 5e-2},
+    )
+    if not follows:
+        run.threshold_decay = 0.999
+    while run.step < run.steps:
+        run.advance()
+    l0 = evaluate(run.model, run.feed.held_out_batches())["l0_mean"]
+    assert (abs(l0 / k - 1) < 0.1) is follows
 
 
 # --- batches that are not finite ------------------------------------------------------------------
