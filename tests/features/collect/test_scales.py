@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,9 @@ def test_features_of_adapters_alone_have_scales(run: Path, tmp_path: Path) -> No
     assert neurons is not None
     assert not neurons.has("scales")
     assert neurons.manifest["settings"]["scales"] is False
+
+
+def test_adapters_without_the_mlp_of_the_base_have_no_scales(tmp_path: Path) -> None:
     whole = make_run(tmp_path / "whole", n_features=8, base_mlp=False)
     without = collect(whole, None, FEW)
     assert without is not None
@@ -252,8 +256,6 @@ def test_features_of_adapters_alone_have_scales(run: Path, tmp_path: Path) -> No
 
 
 def test_a_collection_of_a_version_without_scales_is_read(run: Path, tmp_path: Path) -> None:
-    import json
-
     out = tmp_path / "store"
     assert collect(run, out, replace(FEW, scales=False)) is not None
     path = out / MANIFEST
