@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Bench:
     def __init__(self, folder: Path, n: int) -> None:
         folder.mkdir(exist_ok=True)
         run = os.environ.get("FASTADAPT_RUN") or make_run(folder / "run", n_features=512, l0=10.0)
-        self.config = CollectConfig(data="organism/train", n=n)
+        self.config = CollectConfig(data="organism/train", n=n, scales=False)
         options: dict[str, Any] = {"dtype": None, "device": "cpu", "attention": None}
         options["trust_remote_code"] = False
         self.opened = open_run(str(run), self.config, **options)
@@ -49,6 +50,8 @@ class Bench:
         self.prepared = begin(self.opened, facts, Shard(), folder / "store")
         self.tokens, self.model = self.prepared.tokens, self.opened.students.model
         self.tallies = empty_stats(self.opened, self.prepared)
+        with_scales = replace(self.opened, config=replace(self.opened.config, scales=True))
+        self.with_scales = empty_stats(with_scales, self.prepared)
         path = folder / "store" / "collecting" / "texts.parquet"
         with pq.ParquetFile(path) as file:
             self.batches = [
@@ -68,9 +71,10 @@ class Bench:
             arguments = inputs.arguments[layer]
             hidden, _ = self.model.block(layer, hidden, arguments, "replacement", padding=padding)
 
-    def collect(self, texts: list[Text]) -> None:
-        """Run the blocks and collect features."""
-        take(self.model, self.tallies, {}, texts, self.prepared.domains)
+    def collect(self, texts: list[Text], *, scales: bool = False) -> None:
+        """Run the blocks and collect features, with scales or without."""
+        tallies = self.with_scales if scales else self.tallies
+        take(self.model, tallies, {}, texts, self.prepared.domains)
 
 
 def timed(step: Callable[..., Any], *args: Any) -> float:
@@ -104,16 +108,18 @@ def report(benchmark: Any) -> Callable[[dict[str, float]], None]:
 
 
 def test_collecting_over_the_forward_pass(benchmark: Any, bench: Bench, report: Any) -> None:
-    pairs: list[tuple[float, float]] = []
+    with_scales = functools.partial(bench.collect, scales=True)
+    steps = (bench.forward, bench.collect, with_scales)
+    seconds: list[list[float]] = []
 
     def run() -> None:
         for texts in bench.batches:
-            pairs.append((timed(bench.forward, texts), timed(bench.collect, texts)))
+            seconds.append([timed(step, texts) for step in steps])
 
     for texts in bench.batches[:2]:  # warm-up
         bench.forward(texts)
     benchmark.pedantic(run, rounds=1)
-    alone, collecting = (sum(seconds) for seconds in zip(*pairs, strict=True))
+    alone, collecting, scaling = (sum(each) for each in zip(*seconds, strict=True))
     codes = float(bench.tallies["adapter"].counts.sum())
     report(
         {
@@ -122,7 +128,8 @@ def test_collecting_over_the_forward_pass(benchmark: Any, bench: Bench, report: 
             "forward_tokens_per_s": bench.tokens / alone,
             "collecting_tokens_per_s": bench.tokens / collecting,
             "over_forward": alone / collecting,
-            "over_forward_median_of_batches": statistics.median(a / c for a, c in pairs),
+            "over_forward_median_of_batches": statistics.median(a / c for a, c, _ in seconds),
+            "with_scales_over_without": scaling / collecting,
         }
     )
     assert alone / collecting >= limit("collecting over the forward pass")

@@ -79,6 +79,7 @@ def merge(shards: list[str], *, output: str, overwrite: bool = False) -> int:
 def _print_store(store: Store) -> None:
     import numpy as np
 
+    from fastadapt.features.store.scales import by_origin
     from fastadapt.reporting.formatting import markers_note, number, percent
 
     rows = []
@@ -100,6 +101,9 @@ def _print_store(store: Store) -> None:
         )
     if n_marked := data.get("with_markers"):
         print(markers_note(n_marked, data["texts"]))
+    if store.has("scales"):
+        shares = ", ".join(f"{percent(share)} {name}" for name, share in by_origin(store).items())
+        print(f"origin of what the features write: {shares}")
     print(f"features: {store.folder.resolve()}")
     print(f"browse:   fastadapt features serve {store.folder}")
 

@@ -8,6 +8,7 @@ from fastadapt.effects.generate import Generated
 from fastadapt.effects.trace import ADAPTER, Firing, Trace, promotes
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.details import UnitDetails, token_text
+from fastadapt.features.store.scales import Scales
 from fastadapt.features.store.sets import Pair
 from fastadapt.reporting.formatting import number, percent
 
@@ -52,6 +53,8 @@ def unit_lines(unit: UnitDetails) -> list[str]:
     ]
     if unit.delta_kl is not None:
         lines.append(f"  when ablated  KL {unit.delta_kl:+.3g} nats per predicted token")
+    if unit.scales is not None:
+        lines.append(f"  in the base   {scales_text(unit.scales)}")
     for name, tokens in (("promotes", unit.promoted), ("suppresses", unit.suppressed)):
         texts = [f"{token} {number(logit)}" for token, logit in tokens]
         lines.append(f"  {name:<13} {' · '.join(texts)}")
@@ -61,6 +64,20 @@ def unit_lines(unit: UnitDetails) -> list[str]:
         place = f"text {e.text}, token {e.position:,}, {e.region}"
         lines.append(f"    {number(e.value):>6}  {e.before}[{e.token}]{e.after}  ({place})")
     return lines
+
+
+def scales_text(scales: Scales) -> str:
+    """Return a feature's share in the base, its origin and its scales on a line.
+
+    Example:
+        >>> scales_text(Scales("strengthened", 0.5, 1.0, 2.0, 0.97, 148))
+        '50.0%, strengthened: the MLPs write 1.00 (base) and 2.00 (target) times the feature'
+    """
+    base, target = number(scales.base), number(scales.target)
+    return (
+        f"{percent(scales.base_share)}, {scales.origin}: the MLPs write {base} (base) and {target} "
+        "(target) times the feature"
+    )
 
 
 def token_table(traced: Trace, trained: str = ADAPTER) -> Rows:

@@ -147,6 +147,9 @@ class FeatureCard:
         ]
         if unit.delta_kl is not None:
             tiles.append(("When ablated", f"{unit.delta_kl:+.3g}", "KL, nats per token"))
+        if unit.scales is not None:
+            share = percent(unit.scales.base_share)
+            tiles.append(("In the base", share, unit.scales.origin))
         return render(
             "feature.html.j2",
             unit=unit,

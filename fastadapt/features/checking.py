@@ -109,7 +109,7 @@ class _Reader:
         path = store.path(table, self._kind)
         before: pa.Table | None = None
         keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
-        if table not in ("features", "examples", "lens", "overlap", "effects"):
+        if table not in ("features", "examples", "lens", "overlap", "effects", "scales"):
             keys = []  # with several judges, units occur more than once
         limits = {**store.limits(self._kind), "n_tokens": self._n_tokens}
         lengths = []

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .codes import Codes
 from .reference import accumulator
 
 # Longest run of codes that is summed sequentially.
@@ -72,16 +71,21 @@ def decode_dense(
     return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E)
 
 
-def sampled_product(g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, codes: Codes) -> Tensor:
-    """Return ``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype."""
+def sampled_product(
+    g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, features_C: Tensor, row_offsets: Tensor
+) -> Tensor:
+    """Return ``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype.
+
+    Codes are sorted by row; those of row n are ``row_offsets[n]`` to ``row_offsets[n + 1] - 1``.
+    """
     acc = accumulator(W_FE.dtype)
     if rows_C.numel() == 0 or W_FE.numel() == 0:
         return W_FE.new_zeros(len(rows_C), dtype=acc)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         g_NE.to(acc).contiguous(),
         W_FE.to(acc).contiguous(),
-        codes.features.long(),
-        codes.row_offsets,
+        features_C.long(),
+        row_offsets,
         rows_C,
         0,
     )

@@ -240,7 +240,7 @@ def decode_backward(
         rows_C, by = segments(live.row_offsets), live.order
         g_NE = norm_F.new_zeros(len(codes.row_offsets) - 1, E) if g_NE is None else g_NE
         if need_values:
-            da = sampled_product(g_NE, W_dec_FE, rows_C, live)
+            da = sampled_product(g_NE, W_dec_FE, rows_C, live.features, live.row_offsets)
             if c is not None:
                 cost_C = c * norm_F[live.features]
                 da += cost_C if weight_N is None else cost_C * weight_N[rows_C]

@@ -45,11 +45,30 @@ def collected(with_features: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(with_features, tmp_path / "run"))
 
 
+def test_origins_are_shown_and_selected(collected: Path, fastadapt: Callable) -> None:
+    shown = json.loads(fastadapt("features", "show", collected, "--top", 99, "--json").out)
+    new = [f"{u['layer']}/{u['feature']}" for u in shown if u["scales"]["origin"] == "new"]
+    assert 0 < len(new) < len(shown)
+    outcome = fastadapt("features", "select", collected, "learned", "--origin", "new")
+    assert outcome.code == 0, outcome.err
+    assert f"learned: {len(new)} features" in outcome.out
+    text = fastadapt("features", "show", collected, new[0]).out
+    assert re.search(r"in the base +-?[\d.]+%, new: the MLPs write \S+ \(base\) and \S+", text)
+    outcome = fastadapt("features", "select", collected, "other", "--origin", "old")
+    assert outcome.code == 2
+    assert "origin: expected one of new, strengthened, opposed, absent, got 'old'" in outcome.err
+
+
 def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) -> None:
     outcome = fastadapt("features", "collect", run, *COLLECT)
     assert outcome.code == 0, outcome.err
     assert re.search(r"adapter\W+0\W+24\W", outcome.out)
     assert "60 texts" in outcome.out
+    assert re.search(
+        r"origin of what the features write: [\d.]+% new, [\d.]+% strengthened, [\d.]+% opposed, "
+        r"[\d.]+% absent\n",
+        outcome.out,
+    )
     manifest = (run / "features" / "manifest.json").read_bytes()
     assert fastadapt("features", "collect", run, *COLLECT).code == 0
     assert (run / "features" / "manifest.json").read_bytes() == manifest

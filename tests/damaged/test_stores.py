@@ -26,7 +26,8 @@ from stores import StoreText, make_store  # isort: skip
 
 LISTED = ("texts", "tokens", "adapter/features", "adapter/examples", "adapter/lens")
 ADDED = tuple(
-    f"adapter/{name}" for name in ("descriptions", "scores", "classes", "overlap", "effects")
+    f"adapter/{name}"
+    for name in ("descriptions", "scores", "classes", "overlap", "effects", "scales")
 )
 UNIT = {"layer": 1, "feature": 3}
 JUDGED: dict[str, dict[str, Any]] = {
@@ -40,6 +41,10 @@ JUDGED: dict[str, dict[str, Any]] = {
     "classes": {"judge": "made", "class": "domain", "subclass": "math", "reason": "sums"},
     "overlap": {"target": 0.75, "base": 0.5},
     "effects": {"delta_kl": -0.01, "positions": 117},
+    "scales": {
+        "base_share": -0.4, "base_scale": -0.8, "target_scale": 2.0, "difference_scale": 1.5,
+        "positions": 117,
+    },
 }  # fmt: skip
 
 
@@ -187,13 +192,17 @@ def sign(folder: Path) -> None:
     write_manifest(folder, manifest, files)
 
 
+SCALES = ("base_share", "base_scale", "target_scale", "difference_scale")
 #: Changes that no reader can detect from the rows, or that no reader checks.
 FREE = {
     *(("count", how) for how in ("one 100",)),
     *(("rank", how) for how in ("one 100",)),
     *((name, "one 100") for name in ("priority", "shown", "positives", "negatives")),
     *((name, "one 100") for name in ("true_positives", "true_negatives", "by_domain", "by_tenth")),
-    *((name, "one -0.5") for name in ("promoted_logits", "suppressed_logits")),
+    *((name, "one -0.5") for name in ("promoted_logits", "suppressed_logits", "delta_kl")),
+    *((name, "one -0.5") for name in SCALES),
+    *((name, "doubles") for name in ("delta_kl", *SCALES)),
+    ("positions", "one 100"),
     *((name, "doubles") for name in ("accuracy", "target", "base")),
     ("domain", "nulls"), ("subclass", "nulls"), ("domain", "strings"), ("accuracy", "one nan"),
     *((name, "one 100") for name in ("start", "histogram", "by_region")),

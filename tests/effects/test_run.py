@@ -28,7 +28,8 @@ from fastadapt.effects.trace import firings, promotes
 from fastadapt.effects.views import FeatureCard, Responses
 from fastadapt.features.store.characters import visible
 from fastadapt.features.store.details import read_details, token_text
-from fastadapt.features.store.schema import DESCRIPTIONS, REGIONS
+from fastadapt.features.store.scales import Scales
+from fastadapt.features.store.schema import DESCRIPTIONS, REGIONS, SCALES
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene, no_features
 from fastadapt.reporting.formatting import number
@@ -174,6 +175,22 @@ def test_a_card_is_that_of_the_terminal_and_needs_no_model(
         assert "4 × 16" in text
         assert "0.805" in text  # KL of the adapter in summary.json
         assert "tokens of" in text
+
+
+def test_scales_are_shown_on_a_card(tmp_path: Path) -> None:
+    run = fastadapt.load(shutil.copytree(FINISHED, tmp_path / "run"), device="cpu")
+    assert run.store is not None
+    assert "In the base" not in page(run.feature(2, 7)).text  # a store without scales
+    row = {"layer": 2, "feature": 7, "base_share": -0.25, "base_scale": -0.5, "positions": 9}
+    row |= {"target_scale": 2.0, "difference_scale": 1.5}
+    run.store.add("scales", pa.Table.from_pylist([row], schema=SCALES))
+    card = run.feature(2, 7)
+    assert card.details.scales == Scales("opposed", -0.25, -0.5, 2.0, 1.5, 9)
+    html = page(card).text
+    assert "In the base" in html
+    assert "-25.0%" in html
+    line = "  in the base   -25.0%, opposed: the MLPs write -0.500 (base) and 2.00 (target) times"
+    assert line in repr(card)
 
 
 def test_a_description_is_shown_beside_its_feature(tmp_path: Path) -> None:

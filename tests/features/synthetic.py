@@ -18,6 +18,7 @@ from fastadapt.features.store.schema import (
     FEATURES,
     LENS,
     REGIONS,
+    SCALES,
     SCORES,
     TENTHS,
     TEXTS,
@@ -87,7 +88,7 @@ def write_synthetic(folder: Path, size: Size) -> Store:
     write_table(pa.table({"token": token, "string": strings}), folder / "tokens.parquet", TOKENS)
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
-    schemas = {"features": FEATURES, "examples": EXAMPLES, "lens": LENS}
+    schemas = {"features": FEATURES, "examples": EXAMPLES, "lens": LENS, "scales": SCALES}
     writers = {
         name: pq.ParquetWriter(adapter / f"{name}.parquet", schema, compression="zstd")
         for name, schema in schemas.items()
@@ -96,7 +97,8 @@ def write_synthetic(folder: Path, size: Size) -> Store:
     for layer in range(size.n_layers):
         features, examples = _layer(rng, layer, size, zipf, regions, total)
         lens = _lens(rng, layer, size, strings)
-        for name, rows in (("features", features), ("examples", examples), ("lens", lens)):
+        scales = _scales(rng, layer, np.flatnonzero(features["count"].to_numpy()))
+        for name, rows in zip(schemas, (features, examples, lens, scales), strict=True):
             rows = rows.select(schemas[name].names).cast(schemas[name])
             writers[name].write_table(rows, row_group_size=8192)
     for writer in writers.values():
@@ -222,6 +224,23 @@ def _lens(rng: np.random.Generator, layer: int, size: Size, strings: Sequence[st
         offsets = pa.array(np.arange(0, n * k + 1, k, dtype=np.int32))
         columns[f"{name}_tokens"] = pa.ListArray.from_arrays(offsets, words.take(pa.array(flat)))
     return pa.table(columns)
+
+
+def _scales(rng: np.random.Generator, layer: int, units: np.ndarray) -> pa.Table:
+    """Return scales of all units but every seventh."""
+    units = units[units % 7 > 0]
+    base, target = rng.normal(size=(2, len(units)))
+    return pa.table(
+        {
+            "layer": np.full(len(units), layer, np.int32),
+            "feature": units.astype(np.int32),
+            "base_share": base / np.maximum(abs(base), abs(target)),
+            "base_scale": base,
+            "target_scale": target,
+            "difference_scale": rng.normal(1, 0.5, len(units)),
+            "positions": np.full(len(units), 9),
+        }
+    )
 
 
 def _judged(rng: np.random.Generator, adapter: Path, size: Size) -> None:

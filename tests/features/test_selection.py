@@ -11,7 +11,9 @@ from stores import StoreData, StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.store import selection
-from fastadapt.features.store.schema import CLASSES, MARKERS, REGIONS
+from fastadapt.features.store.details import read_details
+from fastadapt.features.store.scales import Scales, by_origin
+from fastadapt.features.store.schema import CLASSES, MARKERS, REGIONS, SCALES
 from fastadapt.features.store.selection import SelectConfig, select
 from fastadapt.features.store.sets import FeatureSet, save_set
 
@@ -128,6 +130,52 @@ def test_preceding_tokens_are_those_of_the_text(data: StoreData) -> None:
     selected = select(data.store, SelectConfig(before=("wait",)))
     assert (0, 1) in selected
     assert not {(0, 0), (0, 6)} & set(selected)
+
+
+def test_origins(data: StoreData) -> None:
+    with pytest.raises(UserError, match="has no scales of adapter units"):
+        select(data.store, SelectConfig(origin=("new",)))
+    with pytest.raises(UserError, match=r"origin: expected origins among new, .*; got 'old'"):
+        SelectConfig(origin=("old",))  # type: ignore[arg-type]
+    scales = [(0, 31, 0.0, 1.0), (0, 32, 1.0, 2.0), (1, 30, -1.0, 0.5), (1, 31, 1.0, 1.0)]
+    scales += [(2, 30, 0.2, 1.0), (2, 31, 0.21, 1.0), (2, 32, -0.2, 1.0), (2, 33, -0.21, 1.0)]
+    rows = [
+        {
+            "layer": layer,
+            "feature": feature,
+            "base_share": base / max(abs(base), abs(target)),
+            "base_scale": base,
+            "target_scale": target,
+            "difference_scale": 1.0,
+            "positions": 9,
+        }
+        for layer, feature, base, target in scales
+    ]
+    data.store.add("scales", pa.Table.from_pylist(rows, schema=SCALES))
+    try:
+        for origin, wanted in {
+            "new": {(0, 31), (2, 30), (2, 32)},
+            "strengthened": {(0, 32), (2, 31)},
+            "opposed": {(1, 30), (2, 33)},
+            "absent": {(1, 31)},
+        }.items():
+            assert set(select(data.store, SelectConfig(origin=(origin,)))) == wanted  # type: ignore[arg-type]
+        both = select(data.store, SelectConfig(origin=("new", "absent")))
+        assert len(both) == 4
+        assert both.expression == "origin new, absent"
+        shares = by_origin(data.store)  # of contributions: density × mean, since the norms are 1
+        sizes = {
+            (row["layer"], row["feature"]): row["density"] * row["mean"]
+            for row in data.store.read("features").to_pylist()
+        }
+        total = sum(sizes[layer, feature] for layer, feature, *_ in scales)
+        assert shares["absent"] == pytest.approx(sizes[1, 31] / total)
+        assert sum(shares.values()) == pytest.approx(1)
+        (details,) = read_details(data.store, [(0, 32)])
+        assert details.scales == Scales("strengthened", 0.5, 1.0, 2.0, 1.0, 9)
+        assert read_details(data.store, [(0, 33)])[0].scales is None
+    finally:
+        data.store.path("scales").unlink()
 
 
 def test_classes_and_subclasses(data: StoreData) -> None:

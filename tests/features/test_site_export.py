@@ -21,7 +21,15 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.site import export
 from fastadapt.features.site.pages import STATIC, is_current
 from fastadapt.features.site.shards import TYPES
-from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, EFFECTS, REGIONS, SCORES, TENTHS
+from fastadapt.features.store.schema import (
+    CLASSES,
+    DESCRIPTIONS,
+    EFFECTS,
+    REGIONS,
+    SCALES,
+    SCORES,
+    TENTHS,
+)
 from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import locked
 
@@ -88,6 +96,27 @@ def test_effects_are_columns_and_notes(store: Store) -> None:
         "3": 0.25,
         "5": -0.5,
     }
+
+
+def test_scales_are_columns(store: Store) -> None:
+    row = {"base_share": -0.5, "base_scale": -1.0, "target_scale": 2.0, "difference_scale": 0.75}
+    units = [{"layer": 1, "feature": 3, **row, "positions": 9}]
+    store.add("scales", pa.Table.from_pylist(units, schema=SCALES))
+    data = export(store) / "data"  # type: ignore[operator]
+    facts, _ = unpack(data / "site.js")
+    assert "scales" in facts["kinds"][0]["tables"]
+    _, index = unpack(data / "adapter-1.js")
+    assert np.flatnonzero(index["origin"] != 255).tolist() == [3]
+    assert facts["origins"][index["origin"][3]] == "opposed"
+    assert np.flatnonzero(~np.isnan(index["base_share"])).tolist() == [3]
+    _, detail = unpack(data / "adapter-1-0.js")
+    assert {name: detail[name][3] for name in row if name != "base_share"} == {
+        name: value for name, value in row.items() if name != "base_share"
+    }
+    assert index["base_share"][3] == -0.5
+    store.path("scales").unlink()
+    data = export(store) / "data"  # type: ignore[operator]
+    assert "base_share" not in unpack(data / "adapter-1.js")[1]
 
 
 def test_shards_have_the_units_of_the_store(store: Store) -> None:

@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     (folder / "base").mkdir()
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["units"]["base"] = manifest["units"]["adapter"]
-    for name in ("features", "examples", "lens"):
+    for name in ("features", "examples", "lens"):  # no scales, as of neurons
         shutil.copy(folder / "adapter" / f"{name}.parquet", folder / "base")
         listed = manifest["files"][f"adapter/{name}.parquet"]
         manifest["files"][f"base/{name}.parquet"] = listed
@@ -59,8 +59,15 @@ def address(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-def expected(store: Store, test: Any) -> int:
+def rows_of(store: Store) -> list[dict[str, Any]]:
+    """Return the rows of ``features``, with the scales of those that have them."""
+    scales = {(r["layer"], r["feature"]): r for r in store.read("scales").to_pylist()}
     rows = store.read("features").to_pylist()
+    return [row | scales.get((row["layer"], row["feature"]), {}) for row in rows]
+
+
+def expected(store: Store, test: Any) -> int:
+    rows = rows_of(store)
     promoted = store.read("lens", columns=["promoted_tokens"])["promoted_tokens"].to_pylist()
     classes = {(r["layer"], r["feature"]): r for r in store.read("classes").to_pylist()}
     described = {
@@ -81,6 +88,13 @@ MATCHES: list[tuple[str, Any]] = [
     (
         "region=5",
         lambda row, *_: row["count"] > 0 and row["by_region"][5] == max(row["by_region"]),
+    ),
+    (
+        "origin=1",  # strengthened
+        lambda row, *_: (
+            "base_scale" in row
+            and (row["base_scale"] < row["target_scale"] and row["base_share"] > 0.2)
+        ),
     ),
     (
         "token=Wait",
@@ -141,6 +155,8 @@ SORTS: list[tuple[str, Any]] = [
     ("rarest", lambda r: (np.float32(r["density"]), -r["layer"], -r["feature"])),
     ("max", lambda r: (-r["max"], r["layer"], r["feature"])),
     ("weakest", lambda r: (r["max"], -r["layer"], -r["feature"])),
+    ("shared", lambda r: (-np.float32(r["base_share"]), r["layer"], r["feature"])),
+    ("opposed", lambda r: (np.float32(r["base_share"]), -r["layer"], -r["feature"])),
     ("index", lambda r: (r["layer"], r["feature"])),
 ]
 
@@ -151,7 +167,10 @@ def test_the_list_is_sorted(browser: Any, store: Store, file: str) -> None:
     tab.marked("whole")
     for sort, key in SORTS:
         go(tab, f"#/?sort={sort}")
-        rows = sorted((r for r in store.read("features").to_pylist() if r["count"]), key=key)
+        listed = [r for r in rows_of(store) if r["count"]]
+        if sort in ("shared", "opposed"):  # without those that have none
+            listed = [r for r in listed if "base_share" in r]
+        rows = sorted(listed, key=key)
         names = [f"{row['layer']} / {row['feature']}" for row in rows]
         shown = tab.page.locator("#rows .row:not([hidden]) .name").all_text_contents()
         assert shown[:12] == names[:12], sort
@@ -241,6 +260,27 @@ def test_a_page_shows_the_unit_of_the_store(browser: Any, store: Store, address:
     tokens = [t.replace("␣", " ") for t in tab.page.locator(".lens .token").all_text_contents()]
     wanted = [*lens["promoted_tokens"], *lens["suppressed_tokens"]]
     assert tokens == [t.replace("\n", "↵") for t in wanted]
+    assert tab.complaints == []
+
+
+def test_a_page_says_what_the_base_writes(browser: Any, store: Store, file: str) -> None:
+    scales = store.read("scales", layer=2).to_pylist()
+    row = next(r for r in scales if r["base_scale"] < -1 and r["target_scale"] > 1)
+    tab = open_site(browser, file, f"#/2/{row['feature']}")
+    names = tab.page.locator(".tile span").all_text_contents()
+    tile = tab.page.locator(".tile").nth(names.index("In the base"))
+    share = tile.locator("b").text_content()
+    assert share.startswith("−")
+    assert float(share[1:-1]) == pytest.approx(-100 * row["base_share"], rel=0.05)
+    assert tile.locator("i").text_content() == "opposed"
+    line = text_of(tab, "main > .note")
+    for scale in ("base_scale", "target_scale", "difference_scale"):
+        shown = f"{abs(row[scale]):.3g}"
+        assert shown.rstrip("0").rstrip(".") in line, (scale, line)
+    assert "fine-tuning removed what the base's writes against it" in line
+    without = min(set(range(300)) - {r["feature"] for r in scales})
+    go(tab, f"#/2/{without}")
+    assert tab.page.locator("main > .note").count() == 0
     assert tab.complaints == []
 
 

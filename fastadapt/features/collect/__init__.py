@@ -8,7 +8,7 @@ shards on several devices or machines, and interrupted and resumed runs, give th
 pass, bit for bit.
 
 Memory beside the model depends on units, not on tokens: 30 examples of 71 tokens take about 9 kB
-per unit.
+per unit, and the sums for the scales of a feature (:mod:`.scale_sums`) 136 bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -88,6 +89,9 @@ def collect(
     facts = opened.facts(part)
     with writing(out):
         work.sweep(out)
+        if not overwrite and _has_no_scales_yet(out):
+            opened = replace(opened, config=replace(opened.config, scales=False))
+            del facts["settings"]["scales"]
         if not overwrite and (done := _finished(out, facts)):
             return done
         prepared = begin(opened, facts, part, out, anew=overwrite)
@@ -143,17 +147,28 @@ def merge(
 
 def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
     """Return the finished store if its settings match; raise if the folder's settings differ."""
-    recorded: Mapping[str, Any] | None = work.read_facts(out)
-    store = None
-    if recorded is None and has_file(out / MANIFEST):
-        store = Store.open(out)
-        recorded = store.manifest.get("collected", {})
+    recorded, store = _recorded(out)
     if recorded is not None and (changes := work.differing(recorded, facts)):
         raise UserError(
             f"{out} holds a collection with other settings ({changes:.300}); pass --overwrite to "
             "replace it, or give another folder"
         )
     return store
+
+
+def _recorded(out: Path) -> tuple[Mapping[str, Any] | None, Store | None]:
+    """Return the facts of the folder's collection, and its store if it is finished."""
+    recorded: Mapping[str, Any] | None = work.read_facts(out)
+    if recorded is not None or not has_file(out / MANIFEST):
+        return recorded, None
+    store = Store.open(out)
+    return store.manifest.get("collected", {}), store
+
+
+def _has_no_scales_yet(out: Path) -> bool:
+    """Return whether a version that did not know scales wrote the folder's collection."""
+    recorded, _ = _recorded(out)
+    return recorded is not None and "scales" not in recorded.get("settings", {})
 
 
 def _finish(

@@ -20,7 +20,7 @@ from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
 from fastadapt.features.collect.config import CollectConfig, Shard
 from fastadapt.features.collect.feature_stats import FeatureStats
-from fastadapt.features.collect.layer_codes import walk
+from fastadapt.features.collect.layer_codes import record_outputs, walk
 from fastadapt.features.collect.snapshots import Cursor
 from fastadapt.features.collect.texts import (
     Prepared,
@@ -32,6 +32,7 @@ from fastadapt.features.collect.texts import (
     prepare,
     read_group,
 )
+from fastadapt.features.collect.topk_buffer import POSITION_BITS
 from fastadapt.features.store.logit_lens import token_strings, write_lens, write_tokens
 from fastadapt.features.store.schema import TEXTS, Kind
 from fastadapt.features.store.store import adapter_digest
@@ -122,6 +123,8 @@ def open_run(
             f"no validation data or no chat format recorded in {run}; pass conversations (--data), "
             "or give the folder of a run"
         )
+    if student.whole_mlp or "adapter" not in config.kinds:
+        config = replace(config, scales=False)
     if config.neurons_per_token is None and set(config.kinds) - {"adapter"}:
         if student.l0 is None:
             raise UserError(
@@ -129,7 +132,7 @@ def open_run(
                 "active (--neurons_per_token)"
             )
         n = max(1, math.ceil(student.l0))
-        config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
+        config = replace(config, neurons_per_token=n)
     split = config.split or "validation"
     texts = Source(source, split, None, family, config.n, config.max_tokens)
     if recorded:
@@ -286,9 +289,15 @@ def take(
     batch = batch_of(texts).to(model.device)
     config = next(iter(stats.values())).config
     tokens = locate_tokens(texts, domains, config, model.device)
+    scales = stats["adapter"].scales if "adapter" in stats else None
+    counted = batch.real.flatten() & (tokens.place & (2**POSITION_BITS - 1) > 0)
     try:
-        for layer, codes in walk(model, batch, neurons):
-            for kind, of_kind in stats.items():
-                of_kind.add(layer, codes[kind], tokens)
+        with record_outputs(model) as outputs_of:
+            for layer, codes in walk(model, batch, neurons):
+                for kind, of_kind in stats.items():
+                    of_kind.add(layer, codes[kind], tokens)
+                if scales is not None:
+                    decoder = output_rows(model, "adapter", layer)
+                    scales.add(layer, codes["adapter"], outputs_of(layer), decoder, counted)
     except RunError as error:
         raise RunError(f"texts {texts[0].number} to {texts[-1].number}: {error}") from None

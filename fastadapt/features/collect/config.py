@@ -36,6 +36,9 @@ class CollectConfig:
         batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
         snapshot_tokens: tokens between two snapshots, from which an interrupted run resumes.
         demeaned: subtract the mean over the vocabulary from the logit lens.
+        scales: measure how far the MLPs of base and target already write what each feature writes.
+            The target's MLPs are run too, on the inputs of the adapters. Adapters without the
+            base's MLP beside them have no scales.
     """
 
     data: str | None = None
@@ -52,6 +55,7 @@ class CollectConfig:
     batch_tokens: int = 8192
     snapshot_tokens: int = 1_000_000
     demeaned: bool = True
+    scales: bool = True
 
     def __post_init__(self) -> None:
         least = {"top": 1, "uniform": 0, "before": 0, "after": 0, "max_tokens": 2, "seed": 0}

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import RunError
+from fastadapt.features.collect import exact_sums
 from fastadapt.features.collect.config import CollectConfig
 from fastadapt.features.collect.priority_hash import priority, tokens_hash, units_hash
+from fastadapt.features.collect.scale_sums import ScaleSums
 from fastadapt.features.collect.topk_buffer import (
     FIELDS,
     Candidates,
@@ -28,8 +30,6 @@ from fastadapt.kernels.transcoder import SparseCodes
 
 #: Slots that a token is counted in: its region or, after the regions, its tenth of the thinking.
 SLOTS = len(REGIONS) + TENTHS
-#: An activation is summed as two integers: multiples of 2**-16, and the remainder in 2**-48.
-HIGH, LOW = 2.0**16, 2.0**32
 _UNITS = 8192  # units whose examples are merged at once
 #: In float32's bits: the exponent of the first edge, and the mantissa of the square root of 2.
 _FIRST_OCTAVE = round(math.log2(EDGES[0])) + 127
@@ -66,8 +66,9 @@ class FeatureStats:
     Attributes:
         counts: int64 ``[U, domains + 1, SLOTS]``, active tokens; the last domain stands for none.
         histogram: int64 ``[U, len(EDGES) + 1]``, active tokens by activation.
-        sums: int64 ``[U, 2]``, sum of activations: multiples of 2**-16, and of 2**-48.
+        sums: int64 ``[U, 2]``, sum of activations, see :mod:`.exact_sums`.
         norms: float32 ``[U]``, norm of each unit's output row.
+        scales: sums for the scales of features; None for neurons and where not requested.
         examples: the top activations by value and by priority, a buffer for each sample.
     """
 
@@ -87,6 +88,8 @@ class FeatureStats:
         self.histogram = zeros.new_zeros(n_units, len(EDGES) + 1)
         self.sums = zeros.new_zeros(n_units, 2)
         self.norms = torch.zeros(n_units, device=device)
+        has_scales = config.scales and kind == "adapter"
+        self.scales = ScaleSums(n_units, device) if has_scales else None
         self.examples: dict[SampleKind, TopKBuffer] = {
             name: TopKBuffer.empty(n_units, k, config.width, device)
             for name, k in zip(SAMPLES, (config.top, config.uniform), strict=True)
@@ -146,11 +149,7 @@ class FeatureStats:
             width = total[0].numel()
             added = torch.bincount(features * width + index, minlength=F * width)
             total[units] += added.view(F, *total.shape[1:])
-        scaled = values.double() * HIGH
-        high = scaled.floor()
-        # float64 adds these integers exactly, whatever the order.
-        for part, whole in enumerate((high, ((scaled - high) * LOW).floor())):
-            self.sums[units, part] += torch.bincount(features, whole, minlength=F).long()
+        exact_sums.add(self.sums[units], values, features)
 
     def merge(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
         """Add the statistics of other texts, such as those of another shard, to these.
@@ -164,6 +163,8 @@ class FeatureStats:
         self.histogram += other["histogram"]
         self.sums += other["sums"]
         self.norms.copy_(other["norms"])
+        for name, mine in self._scales().items():
+            mine += other[name]
         for name, buffer in self.examples.items():
             theirs = TopKBuffer(*(other[f"{name}.{field}"] for field in FIELDS))
             for units in torch.arange(len(self.counts)).split(_UNITS):
@@ -181,8 +182,13 @@ class FeatureStats:
             "histogram": self.histogram,
             "sums": self.sums,
             "norms": self.norms,
+            **self._scales(),
             **examples,
         }
+
+    def _scales(self) -> dict[str, Tensor]:
+        tensors = {} if self.scales is None else self.scales.tensors()
+        return {f"scales.{name}": tensor for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the state returned by :meth:`tensors`, in place."""
@@ -197,7 +203,8 @@ def wrong_values(tensors: Mapping[str, Tensor], like: FeatureStats) -> Iterator[
             continue
         sample, _, field = name.rpartition(".")
         low, high = tensor.aminmax()
-        least = -1 if field in ("key", "place", "slot") else 0
+        least: float = -1 if field in ("key", "place", "slot") else 0
+        least = -math.inf if name == "scales.sums" else least
         beyond = field == "slot" and high >= like.examples[sample].k  # type: ignore[index]
         if beyond or not (low >= least and high < torch.inf):  # NaN if any value is
             yield name

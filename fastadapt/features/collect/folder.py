@@ -54,6 +54,9 @@ _OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
 _WHERE = {"run", "target", "base", "name", "split"}
 _WHAT = {"adapter", "models", "fingerprint"}
 
+#: Settings that collections of earlier versions do not name, as they were then.
+_EARLIER: dict[str, Any] = {"scales": False}
+
 Facts = dict[str, Any]
 
 
@@ -142,7 +145,8 @@ def config_of(folder: Path, facts: Facts) -> CollectConfig:
         UserError: a setting is missing, unknown or impossible.
     """
     try:
-        config: CollectConfig = from_dict(facts["settings"], CollectConfig, "settings.")
+        settings = {**_EARLIER, **facts["settings"]}
+        config: CollectConfig = from_dict(settings, CollectConfig, "settings.")
     except UserError as error:
         raise UserError(f"{folder / WORK / FACTS}: {error}") from None
     return config

@@ -7,8 +7,9 @@ model only if these neurons are requested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,3 +55,44 @@ def walk(
             if aux is not None and aux.codes is not None:
                 codes["adapter"] = aux.codes
         yield layer, {kind: codes[kind] for kind in KINDS if kind in codes}
+
+
+class Outputs(NamedTuple):
+    """What three modules of a layer write on the same inputs, at N tokens: ``[N, D]`` each."""
+
+    base: Tensor  #: the base's MLP.
+    target: Tensor  #: the target's MLP.
+    adapter: Tensor  #: the adapter alone, ``b_dec`` included.
+
+
+@contextmanager
+def record_outputs(model: ReplacementModel) -> Iterator[Callable[[int], Outputs]]:
+    """Yield a function that returns the outputs of the layer that :func:`walk` yielded last.
+
+    The inputs are those of the replacement model. The function runs the target's MLP on them; the
+    other outputs are recorded.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def from_base(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.update(inputs=inputs[0], base=output)
+
+    def from_adapter(_: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+        seen.update(adapter=output[0])
+
+    @torch.no_grad()
+    def outputs_of(layer: int) -> Outputs:
+        base, adapter = seen["base"], seen["adapter"]
+        target = model.mlps[layer].target
+        assert target is not None
+        return Outputs(*(y.flatten(0, -2) for y in (base, target(seen["inputs"]), adapter)))
+
+    handles = []
+    try:
+        for mlp in model.mlps:
+            handles.append(mlp.base.register_forward_hook(from_base))
+            handles.append(mlp.adapter.register_forward_hook(from_adapter))
+        yield outputs_of
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -13,10 +13,20 @@ import pyarrow as pa
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect.feature_stats import HIGH, LOW, FeatureStats
+from fastadapt.features.collect import exact_sums
+from fastadapt.features.collect.feature_stats import FeatureStats
+from fastadapt.features.collect.scale_sums import scales_of
 from fastadapt.features.collect.topk_buffer import POSITION_BITS
 from fastadapt.features.store.regions import THINKING
-from fastadapt.features.store.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
+from fastadapt.features.store.scales import shares_in_base
+from fastadapt.features.store.schema import (
+    EXAMPLES,
+    FEATURES,
+    REGIONS,
+    SAMPLES,
+    SCALES,
+    TEXTS,
+)
 from fastadapt.features.store.store import list_column, write_pieces
 from fastadapt.features.store.values import require_valid
 from fastadapt.io.parquet import open_parquet, read_group
@@ -93,7 +103,10 @@ def _first(table: pa.Table) -> int:
 def write_units(
     stats: FeatureStats, texts: Texts, domains: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Write ``features.parquet`` and ``examples.parquet`` of a kind of unit; return their paths.
+    """Write the tables of a kind of unit: ``features``, ``examples``, and ``scales`` if collected.
+
+    Returns:
+        The paths of the tables.
 
     Raises:
         RunError: a table cannot be written.
@@ -103,6 +116,11 @@ def write_units(
     total, n_domains = texts.tokens, len(domains)
     write_pieces((_unit_rows(stats, i, total, n_domains) for i in every), paths[0], FEATURES)
     write_pieces((_example_rows(stats, i, texts) for i in every), paths[1], EXAMPLES)
+    if stats.scales is not None:
+        # Each text's first token is not read.
+        counted = total - len(texts.numbers)
+        paths.append(folder / "scales.parquet")
+        write_pieces((_scale_rows(stats, i, counted) for i in every), paths[2], SCALES)
     return paths
 
 
@@ -114,8 +132,7 @@ def _unit_rows(stats: FeatureStats, layer: int, tokens: int, n_domains: int) -> 
     by_region, by_tenth = by_slot[:, : len(REGIONS)].copy(), by_slot[:, len(REGIONS) :]
     by_region[:, THINKING] += by_tenth.sum(1)
     count = by_slot.sum(1)
-    high, low = stats.sums[rows].cpu().numpy().T
-    total = (high + low / LOW) / HIGH
+    total = exact_sums.totals(stats.sums[rows].cpu()).numpy()
     strongest = stats.examples["top"].value[rows, 0].cpu().numpy()
     return pa.table(
         {
@@ -130,6 +147,28 @@ def _unit_rows(stats: FeatureStats, layer: int, tokens: int, n_domains: int) -> 
             "by_domain": list_column(counts.sum(2)[:, :n_domains]),
             "by_region": list_column(by_region),
             "by_tenth": list_column(by_tenth),
+        }
+    )
+
+
+def _scale_rows(stats: FeatureStats, layer: int, n_tokens: int) -> pa.Table:
+    assert stats.scales is not None
+    units = slice(layer * stats.n_features, (layer + 1) * stats.n_features)
+    fitted = zip(
+        ("base", "target", "difference"),
+        scales_of(stats.scales.sums[units].cpu(), n_tokens),
+        strict=True,
+    )
+    scales = {f"{name}_scale": values.numpy() for name, values in fitted}
+    scales["base_share"] = shares_in_base(scales["base_scale"], scales["target_scale"])
+    features = np.flatnonzero(np.isfinite(scales["base_scale"]))
+    positions = stats.scales.tokens[units].cpu().numpy()
+    return pa.table(
+        {
+            "layer": np.full(len(features), layer, np.int32),
+            "feature": features.astype(np.int32),
+            **{name: values[features] for name, values in scales.items()},
+            "positions": positions[features],
         }
     )
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from fastadapt.errors import UserError
 from fastadapt.features.site.shards import NONE, integers
 from fastadapt.features.store.ranking import contributions
+from fastadapt.features.store.scales import COLUMNS, origins
 from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS, Kind
 from fastadapt.features.store.store import Store
 
@@ -69,13 +70,10 @@ def read_layer(
     units = rows["feature"].to_numpy()
 
     def column(name: str, dtype: str) -> np.ndarray:
-        out = np.zeros(n, dtype)
-        out[units] = rows[name].to_numpy()
-        return out
+        return _spread(rows[name].to_numpy(), units, n, dtype, 0)
 
     by_region = _matrix(rows["by_region"], units, n, "<f8", 0)
-    contribution = np.zeros(n, "<f4")
-    contribution[units] = contributions(rows)
+    contribution = _spread(contributions(rows), units, n, "<f4", 0)
     index = {
         "contribution": contribution,
         "count": column("count", "<f8"),
@@ -93,6 +91,14 @@ def read_layer(
         detail["suppressed"] = _matrix(lens["suppressed"], units, n, "<u4", NONE)
         for name in ("promoted_logits", "suppressed_logits"):
             detail[name] = _matrix(lens[name], units, n, "<f4", 0)
+    if store.has("scales", kind):
+        scales = store.read("scales", kind, layer=layer)
+        units = scales["feature"].to_numpy()
+        origin = origins(*(scales[name].to_numpy() for name in COLUMNS))
+        index["origin"] = _spread(origin, units, n, "<u1", _NO_BYTE)
+        index["base_share"] = _spread(scales["base_share"].to_numpy(), units, n, "<f4", np.nan)
+        for name in ("base_scale", "target_scale", "difference_scale"):
+            detail[name] = _spread(scales[name].to_numpy(), units, n, "<f4", np.nan)
     notes = _notes(store, kind, layer)
     index["class"] = np.full(n, _NO_BYTE, "<u1")
     index["effect"] = np.zeros(n, "<f4")  # for sorting: 0 where not measured, or not positive
@@ -169,6 +175,13 @@ def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _spread(values: np.ndarray, rows: np.ndarray, n: int, dtype: str, empty: float) -> np.ndarray:
+    """Return ``[n]`` with ``values`` at ``rows``, and ``empty`` elsewhere."""
+    out = np.full(n, empty, dtype)
+    out[rows] = values
+    return out
 
 
 def _matrix(

@@ -25,6 +25,7 @@ from fastadapt.features.site.columns import (
     totals,
 )
 from fastadapt.features.site.shards import shard
+from fastadapt.features.store.scales import ORIGINS
 from fastadapt.features.store.schema import MANIFEST, REGIONS, Kind
 from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import digest_of_input, half_filled, writing_folder
@@ -209,7 +210,7 @@ def kind_facts(store: Store, kind: Kind, span: int, classes: Sequence[Any]) -> d
         "features": n_features,
         "span": span,
         "classes": classes,
-        "tables": [table for table in JUDGED if store.has(table, kind)],
+        "tables": [table for table in (*JUDGED, "scales") if store.has(table, kind)],
     }
 
 
@@ -223,6 +224,7 @@ def put_shared(store: Store, listed: Sequence[Mapping[str, Any]], put: Put) -> N
     facts = {
         "kinds": list(listed),
         "regions": list(REGIONS),
+        "origins": list(ORIGINS),
         "domains": domains,
         "edges": list(manifest["edges"]),
         "totals": totals(store, domains),

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastadapt.features.store.characters import join_characters, visible
 from fastadapt.features.store.ranking import Ranked, strongest
+from fastadapt.features.store.scales import Scales
 from fastadapt.features.store.schema import REGIONS, SAMPLES, Kind
 from fastadapt.features.store.store import Store
 
@@ -48,6 +49,7 @@ class UnitDetails:
         contribution, share: see :mod:`fastadapt.features.store.ranking`; 0 if it never fired.
         delta_kl: rise of the KL to the target without the unit, in nats per predicted token; None
             if not measured.
+        scales: how far the MLPs already write what the feature writes; None if not measured.
         region: region with most activations; None if it never fired.
         promoted, suppressed: pairs of a token's text and its logit, the largest size first.
         descriptions: a judge's descriptions, each with its sample and its detection score or None.
@@ -67,6 +69,7 @@ class UnitDetails:
     contribution: float
     share: float
     delta_kl: float | None
+    scales: Scales | None
     region: str | None
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
@@ -123,6 +126,7 @@ def _details(
         contribution=0.0 if ranked is None else ranked[1].contribution,
         share=0.0 if ranked is None else ranked[1].share,
         delta_kl=next((row["delta_kl"] for row in rows("effects")), None),
+        scales=next(map(Scales.from_row, rows("scales")), None),
         region=REGIONS[int(np.argmax(by_region))] if any(by_region) else None,
         promoted=_tokens(lens, "promoted"),
         suppressed=_tokens(lens, "suppressed"),

@@ -10,6 +10,7 @@ the same way as a baseline. A store is a folder::
         features.parquet             a row per unit: how often, how strongly, where
         examples.parquet             where each fires: strongest, and drawn uniformly
         lens.parquet                 the tokens that its output row promotes and suppresses
+        scales.parquet               of features: how far the MLPs write the same
         descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet,
         effects.parquet              once computed
     sets/NAME.json                 named sets of features
@@ -173,6 +174,19 @@ EFFECTS = pa.schema(
     ]
 )
 
+#: How far the MLPs already write what a feature writes: see fastadapt.features.store.scales. A
+#: feature without scales has no row.
+SCALES = pa.schema(
+    [
+        *_UNIT,
+        pa.field("base_share", pa.float64(), False),  # share in the base, -1 to 1
+        pa.field("base_scale", pa.float64(), False),  # what the base's MLP writes / the feature
+        pa.field("target_scale", pa.float64(), False),  # ... and the target's
+        pa.field("difference_scale", pa.float64(), False),  # what the other features leave over
+        pa.field("positions", pa.int64(), False),  # active tokens, but the first of each text
+    ]
+)
+
 #: Tables of each kind of unit, by file name without its ending.
 TABLES = {
     "features": FEATURES,
@@ -183,7 +197,8 @@ TABLES = {
     "classes": CLASSES,
     "overlap": OVERLAP,
     "effects": EFFECTS,
+    "scales": SCALES,
 }
 SHARED = {"texts": TEXTS, "tokens": TOKENS}
-#: The ``TABLES`` that collecting writes and the manifest lists.
+#: The ``TABLES`` that every collection writes and the manifest lists.
 COLLECTED = ("features", "examples", "lens")

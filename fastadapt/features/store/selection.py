@@ -19,9 +19,13 @@ from math import inf, log
 from operator import and_, or_, sub
 from typing import Any, ClassVar, get_args
 
+import numpy as np
+import pyarrow as pa
+
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
+from fastadapt.features.store.scales import COLUMNS, ORIGINS, Origin, origins
 from fastadapt.features.store.schema import MARKERS, Region
 from fastadapt.features.store.sets import FeatureSet, load_set, named, pair_of
 from fastadapt.features.store.store import Store
@@ -47,6 +51,8 @@ class SelectConfig:
         at: features whose strongest examples are in one of these regions.
         before: features whose strongest examples are directly before one of these tokens.
         classes: features of one of these classes or subclasses.
+        origin: features that fine-tuning wrote so: new, strengthened, opposed or absent, see
+            :mod:`fastadapt.features.store.scales`.
         sql: a SELECT of ``layer`` and ``feature`` over the tables of the store.
         random: name of a set; draws features of the same densities that are not in the set.
         union, intersection, difference: names of sets; ``difference`` is the first set without the
@@ -65,6 +71,7 @@ class SelectConfig:
     at: tuple[Region, ...] = ()
     before: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    origin: tuple[Origin, ...] = ()
     sql: str | None = None
     random: str | None = None
     union: tuple[str, ...] = ()
@@ -84,6 +91,7 @@ class SelectConfig:
         "at",
         "before",
         "classes",
+        "origin",
         "sql",
         "random",
         "union",
@@ -102,10 +110,15 @@ class SelectConfig:
             )
         for name in self.features:
             pair_of(name)
-        for region in self.at:
-            if region not in get_args(Region):
-                known = ", ".join(get_args(Region))
-                raise UserError(f"at: expected regions among {known}; got {region!r}")
+        for name, what, known in (
+            ("at", "regions", get_args(Region)),
+            ("origin", "origins", ORIGINS),
+        ):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise UserError(
+                        f"{name}: expected {what} among {', '.join(known)}; got {value!r}"
+                    )
         if not 1 <= self.top <= LENS_TOKENS:
             raise UserError(f"top: expected 1 to {LENS_TOKENS} tokens, got {self.top}")
         if not 0 < self.share <= 1:
@@ -138,6 +151,8 @@ def _select(store: Store, config: SelectConfig) -> FeatureSet:
         return preceding(store, config.before, config.share)
     if config.classes:
         return of_class(store, config.classes)
+    if config.origin:
+        return of_origin(store, config.origin)
     if config.sql is not None:
         return by_sql(store, config.sql)
     if config.random is not None:
@@ -225,6 +240,19 @@ def of_class(store: Store, classes: Sequence[str]) -> FeatureSet:
         [list(classes), list(classes)],
     )
     return _set(store, rows, f"class {', '.join(classes)}")
+
+
+def of_origin(store: Store, chosen: Sequence[Origin]) -> FeatureSet:
+    """Return the features of the given origins.
+
+    Raises:
+        UserError: the store has no scales.
+    """
+    rows = store.read("scales", columns=["layer", "feature", *COLUMNS])
+    kinds = origins(*(rows[name].to_numpy() for name in COLUMNS))
+    isin = np.isin(kinds, [ORIGINS.index(name) for name in chosen])
+    pairs = rows.select(["layer", "feature"]).filter(pa.array(isin)).to_pylist()
+    return _set(store, [tuple(pair.values()) for pair in pairs], f"origin {', '.join(chosen)}")
 
 
 def by_sql(store: Store, query: str) -> FeatureSet:

@@ -225,6 +225,12 @@ class Store:
         """
         path = self.path(table, kind)
         if not self.has(table, kind):
+            if table == "scales":
+                raise UserError(
+                    f"{self.folder} has no scales of {kind} units: they are measured by fastadapt "
+                    "features collect, with --scales true (--overwrite replaces a store), for "
+                    "adapters beside the base's MLPs"
+                )
             commands = {
                 "descriptions": "describe",
                 "scores": "describe",

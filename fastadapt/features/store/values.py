@@ -23,12 +23,11 @@ _FROM_0 += ("priority",)
 _FROM_0 += ("histogram", "by_domain", "by_region", "by_tenth", "promoted", "suppressed", "shown")
 _FROM_0 += ("positions",)
 _FROM_0 += ("positives", "negatives", "true_positives", "true_negatives")
-_FINITE: tuple[str, ...] = ("density", "max", "mean", "norm", "value", "values")
-_FINITE += ("promoted_logits", "suppressed_logits", "target", "base", "accuracy")
-_FINITE += ("delta_kl",)
-_NOT_NEGATIVE = tuple(
-    name for name in _FINITE if not name.endswith("_logits") and name != "delta_kl"
-)
+_NOT_NEGATIVE: tuple[str, ...] = ("density", "max", "mean", "norm", "value", "values")
+_NOT_NEGATIVE += ("target", "base", "accuracy")
+_SIGNED: tuple[str, ...] = ("promoted_logits", "suppressed_logits", "delta_kl")
+_SIGNED += ("base_share", "base_scale", "target_scale", "difference_scale")
+_FINITE = (*_NOT_NEGATIVE, *_SIGNED)
 #: Columns of each table whose lists have equal lengths in a row.
 _ALIKE: Mapping[str, Sequence[Sequence[str]]] = {
     "examples": [("tokens", "values")],

@@ -69,9 +69,10 @@ function formatPercent(share) {
   if (!Number.isFinite(share)) return "–";
   if (share === 0) return "0%";
   const value = 100 * share;
-  if (value < 1e-4) return `${value.toExponential(1)}%`;
-  const digits = { minimumSignificantDigits: value < 10 ? 2 : 1, maximumSignificantDigits: 2 };
-  return `${value.toLocaleString("en-US", digits)}%`;
+  const size = Math.abs(value);
+  const digits = { minimumSignificantDigits: size < 10 ? 2 : 1, maximumSignificantDigits: 2 };
+  const text = size < 1e-4 ? value.toExponential(1) : value.toLocaleString("en-US", digits);
+  return `${share < 0 ? text.replace("-", "−") : text}%`;
 }
 
 /** Parses a share, a number or a percentage; null for an empty text, NaN for an invalid one. */

@@ -38,7 +38,10 @@ function detailOf({ facts, columns }, row) {
   }
   const names = ["histogram", "by_domain", "by_region", "by_tenth", "promoted_logits",
     "suppressed", "suppressed_logits"];
-  const out = { examples, mean: columns.mean[row], norm: columns.norm[row] };
+  const out = { examples };
+  for (const name of ["mean", "norm", "base_scale", "target_scale", "difference_scale"]) {
+    out[name] = columns[name]?.[row];
+  }
   names.forEach((name) => (out[name] = rowOf(name)));
   return out;
 }
@@ -51,6 +54,7 @@ function drawFeature(main, context) {
   const detail = detailOf(shard, feature % units.span);
   const notes = shard.facts.notes[feature] ?? {};
   const max = units.max[unit];
+  const origin = site.origins[units.origin[unit]];
   const head = el("header", { class: "unit" },
     el("h2", {}, `Layer ${layer}, ${unitNoun(units.kind)} ${feature}`));
   const names = units.classes[units.class[unit]];
@@ -66,9 +70,11 @@ function drawFeature(main, context) {
       ["Mean", formatNumber(detail.mean), "where active"],
       [units.kind === "adapter" ? "Decoder norm" : "Output norm", formatNumber(detail.norm), "of its row"],
       ["Contribution", formatNumber(units.contribution[unit]), "density × mean × norm"],
+      ...(origin ? [["In the base", formatPercent(units.base_share[unit]), origin]] : []),
       ...(notes.effects ?? []).map(({ delta_kl: rise }) =>
         ["When ablated", `${rise < 0 ? "−" : "+"}${formatNumber(Math.abs(rise))}`, "KL, nats per token"]),
     ]),
+    ...(origin ? [el("p", { class: "note" }, scalesText(detail, origin))] : []),
     el("div", { class: "parts" },
       el("div", { class: "lens" }, ...lens(units.promotedOf(unit), detail, tokens)),
       el("div", { class: "examples" }, ...exampleColumns(detail.examples, max, context)),
@@ -81,6 +87,21 @@ function tiles(list) {
   const tile = ([name, value, unit]) =>
     el("div", { class: "tile" }, el("span", {}, name), el("b", {}, value), el("i", {}, unit));
   return el("div", { class: "tiles" }, ...list.map(tile));
+}
+
+const ORIGINS = {
+  new: "the base's writes nearly nothing, so that fine-tuning taught it",
+  strengthened: "fine-tuning strengthened what the base's writes",
+  opposed: "fine-tuning removed what the base's writes against it",
+  absent: "the target's writes no more than the base's",
+};
+
+/** Says what the MLPs write along a feature; see fastadapt.features.store.scales. */
+function scalesText({ base_scale: base, target_scale: target, difference_scale: difference }, origin) {
+  return "Where the feature fires, compared with other tokens, the base's MLP writes " +
+    `${formatNumber(base)} times what the feature writes along its direction, and the target's MLP ` +
+    `${formatNumber(target)} times: ${ORIGINS[origin]}. ` +
+    `Less what the other features write, the MLPs differ by ${formatNumber(difference)} times the feature.`;
 }
 
 const VARIANTS = { top: "strongest examples", uniform: "examples drawn uniformly" };

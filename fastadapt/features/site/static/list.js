@@ -8,8 +8,13 @@ const SORTS = new Map([
   ["rarest", "density"],
   ["max", "max"],
   ["weakest", "max"],
+  ["shared", "base_share"],
+  ["opposed", "base_share"],
   ["index", "index"],
 ]);
+
+/** Heads of the column after the names, by the key of the order; others: the contribution. */
+const SORTED = { effect: "ΔKL", base_share: "In the base" };
 
 class List {
   /** navigate: called with an address to show; onQuery: called with the query of the filters. */
@@ -71,6 +76,8 @@ class List {
     };
     options("layer", Array.from({ length: units.layers }, (_, i) => [i, String(i)]));
     options("region", site.regions.map((name, i) => [i, name]));
+    const hasScales = units.tables.includes("scales");
+    options("origin", hasScales ? site.origins.map((name, i) => [i, name]) : []);
     const classes = [...new Set(units.classes.map(([name]) => name))];
     const entries = classes.map((name) => [JSON.stringify([name]), inlineText(name)]);
     units.classes.forEach(([name, sub]) => {
@@ -79,6 +86,10 @@ class List {
     options("class", entries.sort((a, b) => (a[1] < b[1] ? -1 : 1)));
     document.getElementById("class-field").hidden = classes.length === 0;
     form.querySelector("option[value=effect]").hidden = !units.tables.includes("effects");
+    document.getElementById("origin-field").hidden = !hasScales;
+    for (const order of ["shared", "opposed"]) {
+      form.querySelector(`option[value=${order}]`).hidden = !hasScales;
+    }
     const described = units.tables.includes("descriptions");
     form.elements.q.placeholder = described
       ? "Search descriptions and promoted tokens"
@@ -146,12 +157,13 @@ class List {
       token: elements.token.value.trim().toLowerCase(),
       layer: number("layer"),
       region: number("region"),
+      origin: number("origin"),
       classes,
       from: bounds[0],
       to: bounds[1],
       dead: elements.dead.checked,
       key: SORTS.get(sort) ?? "contribution",
-      rising: sort === "rarest" || sort === "weakest",
+      rising: ["rarest", "weakest", "opposed"].includes(sort),
     };
   }
 
@@ -160,10 +172,10 @@ class List {
     const { units } = this;
     if (!units) return;
     const chosen = this.matches[this.chosen];
-    // Sorted by ΔKL, the list shows it in place of the contribution.
-    this.column = this.form.elements.sort.value === "effect" ? "effect" : "contribution";
-    this.grid.querySelector(".head").children[1].textContent =
-      this.column === "effect" ? "ΔKL" : "Contribution";
+    // Sorted by one of these, the list shows it in place of the contribution.
+    const key = SORTS.get(this.form.elements.sort.value);
+    this.column = key in SORTED ? key : "contribution";
+    this.grid.querySelector(".head").children[1].textContent = SORTED[key] ?? "Contribution";
     this.matches = units.match(this.wanted(), this.tokens);
     this.chosen = fromTop ? -1 : this.matches.indexOf(chosen);
     if (fromTop) this.grid.scrollTop = 0;
@@ -244,7 +256,9 @@ class List {
     const region = units.region[unit] === 255 ? "never fired" : this.regions[units.region[unit]];
     const cells = [
       cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
-      cell("contribution", formatNumber(units[this.column][unit] || null)),
+      cell("contribution", this.column === "base_share"
+        ? formatPercent(units.base_share[unit])
+        : formatNumber(units[this.column][unit] || null)),
       cell("density", el("i", { style: { "--share": share } }), formatPercent(units.density[unit])),
       cell("region", region),
     ];

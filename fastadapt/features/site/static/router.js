@@ -195,6 +195,7 @@ function drawTitle() {
   facts.push(["Texts", `${formatInteger(texts)}, ${formatInteger(count)} tokens, from ${source}`]);
   facts.push(["Density", "share of all tokens at which the unit is active"]);
   facts.push(["Mostly in", "region with most of the unit's activations"]);
+  facts.push(["In the base", "of what the MLPs write along the feature where it fires, how much the base's writes; negative: the opposite"]);
   facts.push(["Highlight", "activation divided by the unit's maximum; the example's token is underlined"]);
   const about = document.getElementById("about");
   facts.forEach(([key, value]) => about.append(el("dt", {}, key), el("dd", {}, inlineText(String(value)))));

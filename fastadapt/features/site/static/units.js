@@ -11,6 +11,8 @@ class Units {
     this.max = new Float32Array(this.n);
     this.contribution = new Float32Array(this.n); // density × mean activation × norm of the row
     this.effect = new Float32Array(this.n); // rise of the KL without the unit, 0 if not measured
+    this.base_share = new Float32Array(this.n).fill(NaN); // share in the base, -1 to 1
+    this.origin = new Uint8Array(this.n).fill(255);
     this.region = new Uint8Array(this.n).fill(255);
     this.class = new Uint8Array(this.n).fill(255);
     this.width = 0; // promoted tokens per unit
@@ -37,6 +39,9 @@ class Units {
     const first = layer * this.features;
     for (const name of ["count", "density", "max", "contribution", "effect", "region", "class"]) {
       this[name].set(columns[name], first);
+    }
+    for (const name of ["base_share", "origin"]) {
+      if (columns[name]) this[name].set(columns[name], first);
     }
     if (columns.promoted) {
       const width = columns.promoted.length / this.features;
@@ -81,14 +86,16 @@ class Units {
     }
     if (key !== "index") {
       // Sorts numbers that combine value and unit. The bits of a non-negative float are ordered
-      // like the float. Above 2 ** 21 units the value loses its lowest bits, so that the number
-      // stays below 2 ** 53.
+      // like the float, and those of a negative one in reverse. Above 2 ** 21 units the value loses
+      // its lowest bits, so that the number stays below 2 ** 53.
       const span = 2 ** Math.ceil(Math.log2(this.n + 1));
       const drop = Math.max(1, span / 2 ** 21);
       const bits = new Uint32Array(this[key].buffer);
       const keys = new Float64Array(length);
       for (let i = 0; i < length; i++) {
-        keys[i] = Math.floor(bits[order[i]] / drop) * span + (span - 1 - order[i]);
+        const bit = bits[order[i]];
+        const rank = (bit >> 31 ? ~bit : bit | 0x80000000) >>> 0;
+        keys[i] = Math.floor(rank / drop) * span + (span - 1 - order[i]);
       }
       keys.sort();
       for (let i = 0; i < length; i++) order[length - 1 - i] = span - 1 - (keys[i] % span);
@@ -99,8 +106,9 @@ class Units {
 
   /**
    * Returns the units that match, in order.
-   * wanted: q, token (text); layer, region (numbers, or null); classes (a Set of codes, or null);
-   * from, to (densities, or null); dead; key (contribution, effect, density, max, index); rising.
+   * wanted: q, token (text); layer, region, origin (numbers, or null); classes (a Set of codes, or
+   * null); from, to (densities, or null); dead; key (contribution, effect, density, max, base_share,
+   * index); rising. By base_share, units that have none are left out.
    */
   match(wanted, tokens) {
     const order = this.order(wanted.key);
@@ -130,6 +138,8 @@ class Units {
       if (unit < low || unit >= high) continue;
       if (!wanted.dead && count[unit] === 0) continue;
       if (wanted.region !== null && region[unit] !== wanted.region) continue;
+      if (wanted.origin !== null && this.origin[unit] !== wanted.origin) continue;
+      if (wanted.key === "base_share" && Number.isNaN(this.base_share[unit])) continue;
       if (wanted.classes !== null && !wanted.classes.has(this.class[unit])) continue;
       if (density[unit] < from || density[unit] > to) continue;
       if (exact && !promotes(unit, exact)) continue;
