@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 #: Training metric: its name in the bar.
-SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
+SHOWN = {
+    "loss": "loss",
+    "kl": "KL",
+    "nmse": "NMSE",
+    "sparsity": "L1",
+    "sparsity_weight": "λ",
+    "l0": "L0",
+}
 _RECENT = 50  # records whose mean is the time of a step
 
 
