@@ -122,8 +122,8 @@ class ObjectiveConfig:
             raise UserError(f"objective.l0 must be a number of features above 0, or null, got {l0}")
         if self.sparsity_ramp:
             raise UserError(
-                f"objective.l0: expected null with objective.sparsity_ramp {self.sparsity_ramp}, got "
-                f"{l0}; leave the ramp out, since a steered L0 falls to its target over the whole run"
+                "objective.l0: expected null with objective.sparsity_ramp "
+                f"{self.sparsity_ramp}, got {l0}; leave the ramp out, since a steered λ starts low"
             )
 
 

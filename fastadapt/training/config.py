@@ -176,7 +176,8 @@ class TrainConfig:
         trains, adapter = self.run.trains, self.adapter
         if trains != "transcoder":
             raise UserError(
-                f"objective.l0: expected null, since run.trains {trains!r} has no features, got {l0}"
+                f"objective.l0: expected null, since run.trains {trains!r} has no features, "
+                f"got {l0}"
             )
         if not self.objective.sparsity:
             raise UserError(
@@ -185,8 +186,8 @@ class TrainConfig:
             )
         if adapter.k is not None:
             raise UserError(
-                f"objective.l0: expected null with adapter.activation {adapter.activation}, whose L0 "
-                f"is adapter.k ({adapter.k}), got {l0}; give one of the two"
+                f"objective.l0: expected null with adapter.activation {adapter.activation}, whose "
+                f"L0 is adapter.k, {adapter.k:g}, got {l0}; give one of the two"
             )
         if l0 >= adapter.features:
             raise UserError(

@@ -52,10 +52,11 @@ def hints(result: Record, sparsity: float | None = None, target: float | None = 
 def _off_target(l0: float, target: float, weight: float | None) -> list[str]:
     if abs(l0 - target) <= OFF_TARGET * target:
         return []
+    side = "above" if l0 > target else "below"
     start = "" if weight is None else f", or start from objective.sparsity {number(weight)}"
     return [
-        f"L0 is {number(l0)}, {percent(abs(l0 / target - 1))} {'above' if l0 > target else 'below'} "
-        f"objective.l0 {number(target)}. Train longer{start}."
+        f"L0 is {number(l0)}, {percent(abs(l0 / target - 1))} {side} objective.l0 "
+        f"{number(target)}. Train longer{start}."
     ]
 
 

@@ -112,8 +112,8 @@ class Prediction:
     """Predicted operations and time of a run.
 
     Attributes:
-        l0: assumed active features per token and layer: k if it is set, else 10; None without
-            transcoders.
+        l0: expected active features per token and layer: k or the target L0 if it is set, else
+            10; None without transcoders.
         flops_per_step: operations of a step at the mean length, on all devices together.
         share: share of the device's rate that a step reaches, measured here; None if the device is
             not here, or the model too large to measure.
@@ -197,7 +197,7 @@ def expected_l0(config: TrainConfig) -> float | None:
 
 def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     """Predict operations and time of a planned run; takes seconds."""
-    target, adapter = _target(config), config.adapter
+    target = _target(config)
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
     size, n_layers, kind = (
         config.optimizer.batch_size,
