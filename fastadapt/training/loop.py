@@ -191,7 +191,7 @@ class TrainingRun:
         cutoff = draw_cutoff(
             self.model.n_layers, self.config.objective, self.config.run.seed, self.step
         )
-        weight = self.sparsity.at(self.step)
+        weight = self.sparsity.value(self.step)
         given = micro_batches, cutoff, weight
         gathered, norm, report = self._gradient(*given, self.planner.expected)
         if overflowed := overflow(report.calls):
@@ -332,7 +332,7 @@ class TrainingRun:
             "eval",
             self.step,
             **evaluation_record(values),
-            **self.sparsity.record(self.sparsity.at(self.step)),
+            **self.sparsity.record(self.sparsity.value(self.step)),
             tokens=self.tokens,
             wall_s=self.wall_s,
         )

@@ -60,7 +60,7 @@ def path(share: float, first: float, target: float) -> float:
 class SparsityWeight:
     """Gives λ of each step; steers it if ``objective.l0`` is set.
 
-    Call :meth:`at` once before each step, and :meth:`applied` after each step whose update was
+    Call :meth:`value` once before each step, and :meth:`applied` after each step whose update was
     made. All values are Python floats, equal on all ranks.
 
     Args:
@@ -90,7 +90,7 @@ class SparsityWeight:
         varies = self.config.l0 is not None or self.config.sparsity_ramp > 0
         return {"sparsity_weight": weight} if varies else {}
 
-    def at(self, step: int) -> float:
+    def value(self, step: int) -> float:
         """Return λ of step ``step`` (0-based); after the last one, that of one more step."""
         if self.config.l0 is None:
             return ramped(step, self._steps, self.config)

@@ -89,7 +89,7 @@ def test_steering_follows_the_formula() -> None:
     steered = SparsityWeight(config, optimizer, n)
     weights = []
     for step in range(n):
-        weights.append(steered.at(step))
+        weights.append(steered.value(step))
         steered.applied(step, [l0s[step] - 0.5, l0s[step] + 0.5], tokens[step])
     assert weights == pytest.approx(by_formula(l0s, tokens, config, optimizer), rel=1e-9)
     assert weights[0] == 0.02
@@ -100,7 +100,7 @@ def test_without_gains_the_sparsity_stays() -> None:
     config = ObjectiveConfig(l0=4.0, sparsity=0.02)
     steered = SparsityWeight(config, OptimizerConfig(), 10, proportional=0.0, integral=0.0)
     for step in range(10):
-        assert steered.at(step) == 0.02
+        assert steered.value(step) == 0.02
         steered.applied(step, [128.0], 50)
 
 
