@@ -71,7 +71,7 @@ class ComparedModel:
     def description(self) -> str:
         """Description of the model in words, for tables."""
         if self.kind == "transcoder":
-            weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
+            weight = "" if self.sparsity is None else f", λ={self.sparsity:.3g}"
             bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
             name = "transcoder of the whole MLP" if self.whole_mlp else "adapter"
             return ", ".join([f"{name}{weight}{bridge}", *self.changed])

@@ -234,8 +234,8 @@ class TrainingRun:
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
         policies = self._policies(micro_batches, cutoff, expected)
         for (_, weight), (batch, tokens), saved in zip(shares, batches, policies, strict=True):
-            of_step = self.config.objective, expected, saved, sparsity
-            out = objective(self.model, batch, cutoff, *of_step)
+            fixed = self.model, batch, cutoff, self.config.objective
+            out = objective(*fixed, expected, policies=saved, sparsity=sparsity)
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
         gathered.combine(len(micro_batches))

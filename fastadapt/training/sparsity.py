@@ -1,17 +1,19 @@
 """λ of each training step: constant, rising over a ramp, or steered to a target L0.
 
-Steering makes L0 follow a path that falls from its first value to the target. Before step t, let
-``s`` be the share of the run's summed learning rates that earlier steps have used, ``w`` that of
-step t, and ``L`` the mean L0 of the recent tokens. Then
+Steering makes L0 follow a path to the target. Before step t, let ``s`` be the share of the run's
+summed learning rates that earlier steps have used, ``w`` that of step t, and ``L`` the mean L0 of
+the recent tokens. Then
 
-- ``L* = l0 · (L_first / l0)^((1 - s)^3)`` is the path, and ``e = log(L / L*)`` the error, of at
-  least -2 and at most 1;
-- ``λ = objective.sparsity · exp(2 e + 10 Σ w e)``, summed over the steps up to t: proportional and
+- ``L* = l0 · 10^((1 - s)^1.5) + 10 · L_first · exp(-20 s)`` is the path;
+- ``e = log(L / L*)``, of at least -2 and at most 1, is the error;
+- ``λ = objective.sparsity · exp(e + 5 Σ w e)``, summed over the steps up to t: proportional and
   integral control of log λ.
 
-At first half of all features fire, whatever λ is. Without a path, λ would rise all the while, and
-most features would die, which no smaller λ revives. The bounds of the error are unequal for the
-same reason. Times are shares of the learning rate, in proportion to which weights answer to λ.
+The first term of the path is the course of L0 under a constant λ, so that a right λ stays. At first
+half of all features fire, whatever λ is; the second term is above that L0, so that λ starts low.
+Without it λ would rise meanwhile, and features would die, which no smaller λ revives. Times are
+shares of the learning rate, in proportion to which weights answer to λ: I / P is the reciprocal of
+the share that an answer takes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ from typing import Any
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig, learning_rate
 
-PROPORTIONAL, INTEGRAL = 2.0, 10.0
-START = 10.0  # first value of the path, in L0 of the first step
+PROPORTIONAL, INTEGRAL = 1.0, 5.0
 LOWEST, HIGHEST = -2.0, 1.0  # bounds of the error
 #: Share of a run's steps over which L0 is averaged.
 RECENT = 0.02
@@ -50,11 +51,16 @@ def ramped(step: int, steps: int, config: ObjectiveConfig) -> float:
 def path(share: float, first: float, target: float) -> float:
     """Return the L0 that a run should have after a share of its summed learning rates.
 
+    Args:
+        share: share of the summed learning rates, in [0, 1].
+        first: L0 of the first step.
+        target: L0 at the end.
+
     Example:
-        >>> [round(path(share, 4096.0, 4.0), 1) for share in (0.0, 0.2, 0.5, 1.0)]
-        [4096.0, 139.0, 9.5, 4.0]
+        >>> [round(path(share, 4096.0, 4.0), 1) for share in (0.0, 0.2, 0.4, 0.7, 1.0)]
+        [41000.0, 771.0, 25.4, 5.9, 4.0]
     """
-    return float(target * (START * first / target) ** (1 - share) ** 4)
+    return target * float(10 ** (1 - share) ** 1.5) + 10 * first * math.exp(-20 * share)
 
 
 class SparsityWeight:

@@ -31,6 +31,19 @@ def test_an_adapter_of_many_active_features_is_hinted_at(l0: float, is_odd: bool
     assert hints(record(l0, step=0), 1e-3) == []  # before training, half of the features fire
 
 
+@pytest.mark.parametrize(("l0", "side"), [(4.5, ""), (5.5, ""), (4.4, "below"), (120.0, "above")])
+def test_a_missed_target_is_hinted_at(l0: float, side: str) -> None:
+    """Without a target, only the last of these is odd."""
+    lines = hints(record(l0, sparsity_weight=0.0234), 1e-3, 5.0)
+    share = f"{100 * abs(l0 / 5 - 1):.1f}%"
+    expected = f"{share} {side} objective.l0 5.00. Train longer, or start from objective.sparsity"
+    assert [line.partition(" 0.0234")[0][-len(expected) :] for line in lines] == [expected][
+        : len(side)
+    ]
+    assert hints(record(l0, step=0), 1e-3, 5.0) == []
+    assert bool(hints(record(l0), 1e-3)) == (l0 == 120)
+
+
 @pytest.mark.parametrize(
     ("kl", "is_odd"), [(0.0, True), (3e-9, True), (1e-3, False), (None, False)]
 )

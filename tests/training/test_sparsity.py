@@ -34,10 +34,9 @@ def test_a_run_without_target_and_ramp_has_the_configured_sparsity(
     train(into(tiny_config(), tmp_path / "new"))
     real, given = loop.objective, []
 
-    def objective(*arguments: Any) -> Any:
-        *before, sparsity = arguments
+    def objective(*arguments: Any, sparsity: float, **options: Any) -> Any:
         given.append(sparsity)
-        return real(*before)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(loop, "objective", objective)
     train(into(tiny_config(), tmp_path / "before"))
@@ -69,12 +68,12 @@ def by_formula(
     weights, errors = [], []
     for t in range(n):
         share = sum(rates[:t]) / sum(rates)
-        path = config.l0 * (10 * l0s[0] / config.l0) ** ((1 - share) ** 4)
+        path = config.l0 * 10 ** ((1 - share) ** 1.5) + 10 * l0s[0] * math.exp(-20 * share)
         recent = [decay ** (t - 1 - i) * tokens[i] for i in range(t)]
         active = sum(w * l0 for w, l0 in zip(recent, l0s, strict=False))
         error = math.log(active / sum(recent) / path) if t and active else -2.0 * (t > 0)
         errors.append(rates[t] / sum(rates) * min(1.0, max(-2.0, error)))
-        exponent = 2 * min(1.0, max(-2.0, error)) + 10 * sum(errors)
+        exponent = min(1.0, max(-2.0, error)) + 5 * sum(errors)
         weights.append(config.sparsity * math.exp(exponent))
     return weights
 
