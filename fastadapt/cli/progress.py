@@ -179,7 +179,7 @@ class Progress:
     def _hint(self, record: dict[str, Any]) -> None:
         """Write, before the first step, why training may be pointless on these models and data."""
         if record["step"] == 0:
-            from fastadapt.training.hints import hints
+            from fastadapt.training.logs.hints import hints
 
             for line in hints(record):
                 self.write(f"hint: {line}")

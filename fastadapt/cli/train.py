@@ -305,7 +305,7 @@ def _stopped(summary: dict[str, Any], config: TrainConfig, argv: list[str]) -> i
 
 def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
     from fastadapt.reporting.formatting import duration, number, percent
-    from fastadapt.training.hints import hints
+    from fastadapt.training.logs.hints import hints
     from fastadapt.training.logs.run_log import TRAINED, comparison
 
     print()

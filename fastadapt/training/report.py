@@ -17,7 +17,7 @@ from fastadapt.io.atomic import disk_errors
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import duration, number, percent
 from fastadapt.reporting.page import render_page
-from fastadapt.training.hints import hints
+from fastadapt.training.logs.hints import hints
 from fastadapt.training.logs.run_log import RunLog, comparison, read_run, value_at
 from fastadapt.training.run_dir import RESUME_HINT
 

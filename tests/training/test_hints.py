@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastadapt.training.hints import hints
+from fastadapt.training.logs.hints import hints
 
 
 def record(l0: float, n: int = 256, dead: int = 6, **more: Any) -> dict[str, Any]:
