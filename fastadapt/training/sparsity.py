@@ -5,8 +5,8 @@ summed learning rates that earlier steps have used, ``w`` that of step t, and ``
 the recent tokens. Then
 
 - ``L* = l0 · 10^((1 - s)^1.5) + 10 · L_first · exp(-20 s)`` is the path;
-- ``e = log(L / L*)``, of at least -2 and at most 1, is the error;
-- ``λ = objective.sparsity · exp(e + 5 Σ w e)``, summed over the steps up to t: proportional and
+- ``e = log(L / L*)``, clamped to [-1, 1], is the error;
+- ``λ = objective.sparsity · exp(2 e + 10 Σ w e)``, summed over the steps up to t: proportional and
   integral control of log λ.
 
 The first term of the path is the course of L0 under a constant λ, so that a right λ stays. At first
@@ -27,8 +27,8 @@ from typing import Any
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig, learning_rate
 
-PROPORTIONAL, INTEGRAL = 1.0, 5.0
-LOWEST, HIGHEST = -2.0, 1.0  # bounds of the error
+PROPORTIONAL, INTEGRAL = 2.0, 10.0
+BOUND = 1.0  # of the error, in natural logarithms
 #: Share of a run's steps over which L0 is averaged.
 RECENT = 0.02
 
@@ -122,7 +122,7 @@ class SparsityWeight:
             return 0.0
         expected = path(self._spent[step], self._first, self.config.l0)
         ratio = self._active / self._tokens / expected
-        return min(HIGHEST, max(LOWEST, math.log(ratio))) if ratio else LOWEST
+        return min(BOUND, max(-BOUND, math.log(ratio))) if ratio else -BOUND
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for a checkpoint; none without a target."""

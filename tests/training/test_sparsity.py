@@ -71,9 +71,9 @@ def by_formula(
         path = config.l0 * 10 ** ((1 - share) ** 1.5) + 10 * l0s[0] * math.exp(-20 * share)
         recent = [decay ** (t - 1 - i) * tokens[i] for i in range(t)]
         active = sum(w * l0 for w, l0 in zip(recent, l0s, strict=False))
-        error = math.log(active / sum(recent) / path) if t and active else -2.0 * (t > 0)
-        errors.append(rates[t] / sum(rates) * min(1.0, max(-2.0, error)))
-        exponent = min(1.0, max(-2.0, error)) + 5 * sum(errors)
+        error = math.log(active / sum(recent) / path) if t and active else -1.0 * (t > 0)
+        errors.append(rates[t] / sum(rates) * min(1.0, max(-1.0, error)))
+        exponent = 2 * min(1.0, max(-1.0, error)) + 10 * sum(errors)
         weights.append(config.sparsity * math.exp(exponent))
     return weights
 
