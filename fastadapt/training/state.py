@@ -120,6 +120,8 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"{file}: codes_per_token: expected {run.model.n_layers} values, got {len(codes)}"
         )
+    if run.config.objective.l0 is not None and "steering" not in scalars:
+        raise UserError(f"{file}: steering: expected the state of objective.l0, got none")
     then, now = scalars["sequences"], len(run.feed.train)
     if (then, scalars["steps"]) != (now, run.steps):
         raise UserError(

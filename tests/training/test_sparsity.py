@@ -13,7 +13,7 @@ from same_run import assert_same_run, into, records, stop_after
 
 from fastadapt.errors import UserError
 from fastadapt.objective import ObjectiveConfig
-from fastadapt.training import loop
+from fastadapt.training import loop, trainer
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.optimizer import OptimizerConfig, learning_rate
 from fastadapt.training.run_dir import read_records
@@ -132,11 +132,26 @@ def test_stopped_and_resumed_with_a_varying_sparsity(
     assert ours == records(tmp_path / "whole")
 
 
-def test_another_target_is_refused_on_resumption(tiny_config: Callable[..., TrainConfig]) -> None:
+def test_another_target_or_none_of_its_state_is_refused_on_resumption(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop = Event()
     train(tiny_config(**STEERED), stop=stop, sinks=[stop_after(stop, 4)])
     with pytest.raises(UserError, match=r"objective\.l0"):
         train(tiny_config(**{**STEERED, "objective.l0": 4.0}), resume=True)
+    find = trainer.load_latest
+
+    def without(folder: Path) -> tuple[Any, Any]:
+        checkpoint, passed = find(folder)
+        assert checkpoint is not None
+        assert checkpoint.scalars.pop("steering")["first"] > 0
+        return checkpoint, passed
+
+    monkeypatch.setattr(trainer, "load_latest", without)
+    with pytest.raises(
+        UserError, match=r"state\.json: steering: expected the state of objec.*none"
+    ):
+        train(tiny_config(**STEERED), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +162,7 @@ def test_another_target_is_refused_on_resumption(tiny_config: Callable[..., Trai
         ({"objective.l0": 48.0}, r"fewer than the 48 features of a layer .*got 48"),
         ({"objective.sparsity": 0.0}, r"objective\.l0: expected null with objective\.sparsity 0"),
         ({"objective.sparsity_ramp": 0.1}, r"leave the ramp out"),
-        ({"adapter.activation": "topk", "adapter.k": 3}, r"whose L0 is adapter\.k , 3, got 3"),
+        ({"adapter.activation": "topk", "adapter.k": 3}, r"whose L0 is adapter\.k, 3, got 3"),
         ({"adapter.activation": "batch_topk", "adapter.k": 2.5}, r"give one of the two"),
         (
             {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
