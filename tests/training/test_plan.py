@@ -220,7 +220,10 @@ def test_a_measured_step_of_a_7b_models_width(
 
 
 def test_the_target_l0_is_what_a_plan_expects(tiny_config: Callable[..., TrainConfig]) -> None:
-    topk = {"adapter.activation": "topk", "adapter.k": 3}
-    mlp = {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0}
-    changes: list[dict[str, object]] = [{"objective.l0": 2.5}, topk, {}, mlp]
+    changes: list[dict[str, object]] = [
+        {"objective.l0": 2.5},
+        {"adapter.activation": "topk", "adapter.k": 3},
+        {},
+        {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    ]
     assert [expected_l0(tiny_config(**each)) for each in changes] == [2.5, 3.0, 10.0, None]

@@ -91,8 +91,8 @@ def assert_close(folder: Path, whole: Path, tolerance: float) -> None:
             torch.testing.assert_close(
                 ours.tensors[group][name], tensor, rtol=0, atol=tolerance if "." in name else 0
             )
-    a, b = ({**c.scalars, "wall_s": 0} for c in (ours, theirs))
-    assert_same_numbers(a, b, tolerance)
+    saved, expected = ({**c.scalars, "wall_s": 0} for c in (ours, theirs))
+    assert_same_numbers(saved, expected, tolerance)
     for kind in ("train", "eval", "bad_batch", "checkpoint"):
         assert_same_numbers(steps(folder, kind), steps(whole, kind), tolerance)
 
