@@ -48,7 +48,11 @@ class ObjectiveConfig:
     """Weights of the losses and settings of the traversal.
 
     Args:
-        sparsity: λ of the decoder-norm-weighted L1.
+        sparsity: λ of the decoder-norm-weighted L1. With ``l0``, the value from which λ starts.
+        sparsity_ramp: share of a run's steps over which λ rises in equal parts to ``sparsity``. It
+            counts from the first step, beside the warm-up of the learning rate, and 0 is no ramp.
+        l0: wanted number of active features per token, averaged over layers. A training run then
+            steers λ to it (:mod:`fastadapt.training.sparsity`). Null: λ is ``sparsity``.
         nmse: weight of the activation loss.
         bridge: weight of each bridge's KL; 1 in the paper, 2 in its released code. At 0 the bridges
             are not computed.
@@ -69,6 +73,8 @@ class ObjectiveConfig:
     """
 
     sparsity: float = 1e-3
+    sparsity_ramp: float = 0.0
+    l0: float | None = None
     nmse: float = 1.0
     bridge: float = 1.0
     first_cutoff: int = 1
@@ -81,6 +87,18 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
+        if not 0 <= self.sparsity_ramp <= 1:
+            raise UserError(
+                f"objective.sparsity_ramp must be a share of the steps, in [0, 1], got "
+                f"{self.sparsity_ramp}"
+            )
+        if self.sparsity_ramp and not self.sparsity:
+            raise UserError(
+                f"objective.sparsity_ramp: expected 0 with objective.sparsity 0, which has nothing "
+                f"to rise to, got {self.sparsity_ramp}; give objective.sparsity, or leave it out"
+            )
+        if self.l0 is not None:
+            self._check_target(self.l0)
         if self.first_cutoff not in (0, 1):
             raise UserError(
                 f"objective.first_cutoff (the smallest cutoff of the bridges) must be 0 or 1, got "
@@ -97,6 +115,15 @@ class ObjectiveConfig:
             raise UserError(
                 f"objective.logits_dtype must be null or one of {', '.join(DTYPES)}, "
                 f"got {self.logits_dtype!r}"
+            )
+
+    def _check_target(self, l0: float) -> None:
+        if not 0 < l0 < float("inf"):
+            raise UserError(f"objective.l0 must be a number of features above 0, or null, got {l0}")
+        if self.sparsity_ramp:
+            raise UserError(
+                "objective.l0: expected null with objective.sparsity_ramp "
+                f"{self.sparsity_ramp}, got {l0}; leave the ramp out, since a steered λ starts low"
             )
 
 
@@ -274,6 +301,7 @@ def objective(
     config: ObjectiveConfig,
     codes_per_token: Sequence[float] | None = None,
     policies: Sequence[str] | None = None,
+    sparsity: float | None = None,
 ) -> ObjectiveOutput:
     """Return the loss of a batch and all its terms, computed in one traversal.
 
@@ -291,6 +319,7 @@ def objective(
         policies: what each layer saves for the backward pass, one of
             :data:`fastadapt.models.recompute.POLICIES` per layer. None: ``config.checkpoint`` in
             every layer. No policy changes a bit of the result.
+        sparsity: λ of this step. None: ``config.sparsity``.
 
     Returns:
         The loss; its terms ``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
@@ -340,7 +369,8 @@ def objective(
     loss = out + config.nmse * streams.nmse
     sparse: dict[str, Tensor] = {}
     if streams.calls:
-        sparse["sparsity"] = config.sparsity * torch.stack([c.penalty for c in streams.calls]).sum()
+        weight = config.sparsity if sparsity is None else sparsity
+        sparse["sparsity"] = weight * torch.stack([c.penalty for c in streams.calls]).sum()
         n_active = torch.stack([c.stats.n_active for c in streams.calls]).sum()
         n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
         sparse["l0"] = n_active.to(wide) / n_tokens.clamp(min=1)

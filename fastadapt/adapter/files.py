@@ -197,6 +197,7 @@ class Measured(TypedDict, total=False):
     """Measurements of the run, as read from ``metadata``; null for a number that was not finite."""
 
     l0_mean: NonNegative | None
+    sparsity_weight: NonNegative | None
     tokens: Count | None
 
 

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 #: Training metric: its name in the bar.
-SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
+SHOWN = {
+    "loss": "loss",
+    "kl": "KL",
+    "nmse": "NMSE",
+    "sparsity": "L1",
+    "sparsity_weight": "λ",
+    "l0": "L0",
+}
 _RECENT = 50  # records whose mean is the time of a step
 
 
@@ -172,7 +179,7 @@ class Progress:
     def _hint(self, record: dict[str, Any]) -> None:
         """Write, before the first step, why training may be pointless on these models and data."""
         if record["step"] == 0:
-            from fastadapt.training.hints import hints
+            from fastadapt.training.logs.hints import hints
 
             for line in hints(record):
                 self.write(f"hint: {line}")

@@ -305,7 +305,7 @@ def _stopped(summary: dict[str, Any], config: TrainConfig, argv: list[str]) -> i
 
 def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
     from fastadapt.reporting.formatting import duration, number, percent
-    from fastadapt.training.hints import hints
+    from fastadapt.training.logs.hints import hints
     from fastadapt.training.logs.run_log import TRAINED, comparison
 
     print()
@@ -318,7 +318,7 @@ def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
     if per_layer := summary.get("l0_per_layer"):
         print("L0 per layer:", ", ".join(map(number, per_layer)))
     print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
-    for line in hints(summary, config.objective.sparsity):
+    for line in hints(summary, config.objective.sparsity, config.objective.l0):
         print(f"hint: {line}")
     print(f"adapter: {summary['adapter']}")
     if "report" in summary:

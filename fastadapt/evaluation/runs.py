@@ -33,7 +33,7 @@ class ComparedModel:
         kind: ``base``, ``hybrid``, ``transcoder``, or a baseline's
             (:mod:`fastadapt.models.baselines`).
         run: folder of the run; None for the base and the hybrid.
-        sparsity, bridge: weights of these losses in the training.
+        sparsity, bridge: weights of these losses in the training; λ at its end if it varied.
         l0: active features per token and layer, measured by the run on held-out data.
         tokens: number of tokens of the training.
         changed: interventions on the features after the training, oldest first, in words.
@@ -71,7 +71,7 @@ class ComparedModel:
     def description(self) -> str:
         """Description of the model in words, for tables."""
         if self.kind == "transcoder":
-            weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
+            weight = "" if self.sparsity is None else f", λ={self.sparsity:.3g}"
             bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
             name = "transcoder of the whole MLP" if self.whole_mlp else "adapter"
             return ", ".join([f"{name}{weight}{bridge}", *self.changed])
@@ -93,7 +93,7 @@ class ComparedModel:
             name,
             "transcoder" if card["kind"] == TRANSCODER else card["kind"],
             str(run),
-            sparsity=objective.get("sparsity"),
+            sparsity=measured.get("sparsity_weight", objective.get("sparsity")),
             bridge=objective.get("bridge"),
             l0=measured.get("l0_mean"),
             tokens=measured.get("tokens"),

@@ -81,7 +81,7 @@ def _training(run: SharedRun) -> Table:
         "training data": sources,
         "training tokens": number(tokens),
         "held-out data": data.get("validation") or "–",
-        "λ": number(objective.get("sparsity")),
+        "λ": number(run.model.sparsity),
         "weight of the bridge": number(objective.get("bridge")),
         "weight of the NMSE": number(objective.get("nmse")),
         "seed": str(metadata.get("seed", "–")),

@@ -157,6 +157,8 @@ class TrainConfig:
                 f"objective.sparsity: expected 0, since run.trains {trains!r} has no features, "
                 f"got {self.objective.sparsity}"
             )
+        if self.objective.l0 is not None:
+            self._check_target(self.objective.l0)
         if self.data.pack is not None:
             size, activation = self.optimizer.batch_size, adapter.activation
             if size == 1:
@@ -169,6 +171,29 @@ class TrainConfig:
                     "data.pack: expected null with adapter.activation batch_topk, which ranks the "
                     f"codes of a row as those of one text, got {self.data.pack}"
                 )
+
+    def _check_target(self, l0: float) -> None:
+        trains, adapter = self.run.trains, self.adapter
+        if trains != "transcoder":
+            raise UserError(
+                f"objective.l0: expected null, since run.trains {trains!r} has no features, "
+                f"got {l0}"
+            )
+        if not self.objective.sparsity:
+            raise UserError(
+                f"objective.l0: expected null with objective.sparsity 0, got {l0}; give the λ to "
+                "start from as objective.sparsity, such as 1e-3"
+            )
+        if adapter.k is not None:
+            raise UserError(
+                f"objective.l0: expected null with adapter.activation {adapter.activation}, whose "
+                f"L0 is adapter.k, {adapter.k:g}, got {l0}; give one of the two"
+            )
+        if l0 >= adapter.features:
+            raise UserError(
+                f"objective.l0: expected fewer than the {adapter.features} features of a layer "
+                f"(adapter.n_features), got {l0}"
+            )
 
     @property
     def n_features(self) -> int:

@@ -25,6 +25,7 @@ _MEASURED = (
     "nmse_mean",
     "l0_mean",
     "l0_per_layer",
+    "sparsity_weight",
     "tokens",
 )
 

@@ -43,6 +43,7 @@ from fastadapt.training.logs.metrics import (
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
 from fastadapt.training.planning.recompute import RecomputePlanner
 from fastadapt.training.run_dir import MetricsLog, Record, Sink
+from fastadapt.training.sparsity import SparsityWeight
 from fastadapt.training.step_data import StepData
 
 #: Steps over which the running threshold of batch_topk averages: this share of the run's steps, and
@@ -90,6 +91,7 @@ class TrainingRun:
         shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
         self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)
         self.planner = CapacityEstimator(sparse and takes_plans(kernel, self.model.device.type))
+        self.sparsity = SparsityWeight(config.objective, config.optimizer, self.steps)
         self.step = 0
         self.tokens = 0
         self.bad_in_row = 0
@@ -206,11 +208,13 @@ class TrainingRun:
         cutoff = draw_cutoff(
             self.model.n_layers, self.config.objective, self.config.run.seed, self.step
         )
-        gathered, norm, report = self._gradient(micro_batches, cutoff, self.planner.expected)
+        weight = self.sparsity.value(self.step)
+        given = micro_batches, cutoff, weight
+        gathered, norm, report = self._gradient(*given, self.planner.expected)
         if overflowed := overflow(report.calls):
             self.optimizer.discard()
             self.log.write("replan", self.step + 1, **overflowed, wall_s=self.wall_s)
-            gathered, norm, report = self._gradient(micro_batches, cutoff, None)
+            gathered, norm, report = self._gradient(*given, None)
         rate = learning_rate(self.step, self.steps, self.config.optimizer)
         self.step += 1
         if not report.finite:
@@ -218,6 +222,7 @@ class TrainingRun:
             return
         self.optimizer.step(rate, norm)
         self.planner.applied(report.calls)
+        self.sparsity.applied(self.step - 1, report.l0_per_layer, gathered.tokens)
         if self.config.adapter.activation == "batch_topk":
             for adapter, value in zip(self.model.adapters, gathered.min_active(), strict=True):
                 cast(TranscoderAdapter, adapter).update_threshold(value, self.threshold_decay)
@@ -226,10 +231,14 @@ class TrainingRun:
         self._since_log[0] += gathered.tokens
         self._since_log[1] += time.monotonic() - began
         if self.step % self.config.run.log_every == 0 or self.step in (1, self.steps):
-            self._record_step(report, rate, cutoff)
+            self._record_step(report, rate, cutoff, weight)
 
     def _gradient(
-        self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
+        self,
+        micro_batches: list[list[int]],
+        cutoff: int,
+        sparsity: float,
+        expected: list[float] | None,
     ) -> tuple[StepGatherer, torch.Tensor, StepReport]:
         """Sum the gradient over micro-batches; return its metrics, its norm and the step's report.
 
@@ -242,9 +251,8 @@ class TrainingRun:
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
         policies = self._policies(micro_batches, cutoff, expected)
         for (_, weight), (batch, tokens), saved in zip(shares, batches, policies, strict=True):
-            out = objective(
-                self.model, batch, cutoff, self.config.objective, expected, policies=saved
-            )
+            fixed = self.model, batch, cutoff, self.config.objective
+            out = objective(*fixed, expected, policies=saved, sparsity=sparsity)
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
         gathered.combine(len(micro_batches))
@@ -299,7 +307,7 @@ class TrainingRun:
         """Wall-clock seconds of this run, including those before a resume."""
         return self.wall_before + time.monotonic() - self.started
 
-    def _record_step(self, report: StepReport, rate: float, cutoff: int) -> None:
+    def _record_step(self, report: StepReport, rate: float, cutoff: int, weight: float) -> None:
         tokens, seconds = self._since_log
         self._since_log = [0, 0.0]
         self.log.write(
@@ -311,6 +319,7 @@ class TrainingRun:
             lr=rate,
             grad_norm=report.grad_norm,
             cutoff=cutoff,
+            **self.sparsity.record(weight),
             tokens=self.tokens,
             tokens_per_s=tokens / max(seconds, 1e-9),
             wall_s=self.wall_s,
@@ -340,6 +349,7 @@ class TrainingRun:
             "eval",
             self.step,
             **evaluation_record(values),
+            **self.sparsity.record(self.sparsity.value(self.step)),
             tokens=self.tokens,
             wall_s=self.wall_s,
         )

@@ -17,7 +17,7 @@ from fastadapt.io.atomic import disk_errors
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import duration, number, percent
 from fastadapt.reporting.page import render_page
-from fastadapt.training.hints import hints
+from fastadapt.training.logs.hints import hints
 from fastadapt.training.logs.run_log import RunLog, comparison, read_run, value_at
 from fastadapt.training.run_dir import RESUME_HINT
 
@@ -32,6 +32,7 @@ CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
     "bridge_adapter_to_target": ("Bridge: adapter → target", "nats per token", None, None),
     "bridge_target_to_adapter": ("Bridge: target → adapter", "nats per token", None, None),
     "sparsity": ("Sparsity", "λ · Σ a‖W_dec‖", None, None),
+    "sparsity_weight": ("λ", "weight of the sparsity penalty", None, None),
     "l0": ("L0", "active features per token and layer", "l0_mean", None),
 }
 SMALL_FROM = 6
@@ -71,7 +72,7 @@ def write_report(run_dir: str | Path) -> Path:
             finished=bool(run.summary),
             state=_state(run),
             tiles=_tiles(run),
-            hints=hints(run.result, run.sparsity),
+            hints=hints(run.result, run.sparsity, run.target_l0),
             comparison=None if run.result.get("kl_adapter") is None else comparison(run.result),
             curves=_curves(run, CURVES, log=None),
             sparsity=over_time if small else over_time + (densities or _no_density(over_time)),

@@ -11,13 +11,22 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.io.documents import Count, check
+from fastadapt.io.documents import Count, Finite, NonNegative, check
 from fastadapt.models.sources.fingerprint import changes
 from fastadapt.training.checkpoint import SCALARS, Checkpoint
 from fastadapt.training.finalize import versions
 
 if TYPE_CHECKING:
     from fastadapt.training.loop import TrainingRun
+
+
+class Steering(TypedDict):
+    """State of :class:`fastadapt.training.sparsity.SparsityWeight` with a target L0."""
+
+    first: NonNegative
+    active: NonNegative
+    tokens: NonNegative
+    integral: Finite
 
 
 class Scalars(TypedDict):
@@ -33,6 +42,7 @@ class Scalars(TypedDict):
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0, le=2**31)]] | None]
+    steering: NotRequired[Steering]
     data_sha256: Any  # these five are compared with the run's values
     device_type: Any
     revisions: Any
@@ -75,6 +85,7 @@ def capture(run: TrainingRun) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
         "threads": torch.get_num_threads(),
         "wall_s": run.wall_s,
         **run.planner.state(),
+        **run.sparsity.state(),
         **_origin(run),
         **versions(),
     }
@@ -109,6 +120,8 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"{file}: codes_per_token: expected {run.model.n_layers} values, got {len(codes)}"
         )
+    if run.config.objective.l0 is not None and "steering" not in scalars:
+        raise UserError(f"{file}: steering: expected the state of objective.l0, got none")
     then, now = scalars["sequences"], len(run.feed.train)
     if (then, scalars["steps"]) != (now, run.steps):
         raise UserError(
@@ -142,6 +155,7 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.bad_in_row, run.bad_total = scalars["bad_in_row"], scalars["bad_total"]
     run.wall_before = scalars["wall_s"]
     run.planner.load(scalars)
+    run.sparsity.load(scalars)
 
 
 def _check_models(run: TrainingRun, recorded: Mapping[str, Any]) -> None:

@@ -84,6 +84,15 @@ def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
     assert ModelSet.open([run], dtype="bfloat16", device="cpu").config.dtype == "bfloat16"
 
 
+def test_the_sparsity_of_a_steered_run_is_that_of_its_end(make_run: Callable[..., Path]) -> None:
+    facts = {
+        "objective": {"sparsity": 0.01, "l0": 3.0},
+        "measured": {"l0_mean": 3.1, "sparsity_weight": 0.0271828},
+    }
+    model = ModelSet.open([make_run("a", 1, **facts)], ["one"]).compared["one"]
+    assert (model.sparsity, model.description) == (0.0271828, "adapter, λ=0.0272")
+
+
 def test_fingerprints_depend_on_models_and_adapters(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastadapt.training.hints import hints
+from fastadapt.training.logs.hints import hints
 
 
 def record(l0: float, n: int = 256, dead: int = 6, **more: Any) -> dict[str, Any]:
@@ -29,6 +29,19 @@ def test_an_adapter_of_many_active_features_is_hinted_at(l0: float, is_odd: bool
         assert "Raise objective.sparsity (now 0.001)" in lines[0]
     assert hints(record(l0), 0.0) == []  # dense on purpose
     assert hints(record(l0, step=0), 1e-3) == []  # before training, half of the features fire
+
+
+@pytest.mark.parametrize(("l0", "side"), [(4.5, ""), (5.5, ""), (4.4, "below"), (120.0, "above")])
+def test_a_missed_target_is_hinted_at(l0: float, side: str) -> None:
+    """Without a target, only the last of these is odd."""
+    lines = hints(record(l0, sparsity_weight=0.0234), 1e-3, 5.0)
+    share = f"{100 * abs(l0 / 5 - 1):.1f}%"
+    expected = f"{share} {side} objective.l0 5.00. Train longer, or start from objective.sparsity"
+    assert [line.partition(" 0.0234")[0][-len(expected) :] for line in lines] == [expected][
+        : len(side)
+    ]
+    assert hints(record(l0, step=0), 1e-3, 5.0) == []
+    assert bool(hints(record(l0), 1e-3)) == (l0 == 120)
 
 
 @pytest.mark.parametrize(

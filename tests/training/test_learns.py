@@ -55,3 +55,15 @@ def test_the_adapter_closes_the_gap_to_the_target(
     assert summary["kl_recovered_vs_hybrid"] >= recovered
     assert summary["top1_error_adapter"] < summary["top1_error_hybrid"]
     assert summary["nmse_mean"] < summary["nmse_mean_hybrid"]
+
+
+@pytest.mark.parametrize("start", ["2e-3", "2e-1"])
+def test_a_run_reaches_its_target_l0(
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """λ starts about ten times too small and ten times too large for 150 steps of the preset."""
+    short = ["--optimizer.max_steps", "150", "--objective.sparsity", start]
+    summary = run(tmp_path, *short, "--objective.l0", "8")
+    with capsys.disabled():
+        print("\n", *(f"{k}={summary[k]:.4f}" for k in (*PRINTED, "sparsity_weight")))
+    assert abs(summary["l0_mean"] / 8 - 1) <= 0.1

@@ -17,7 +17,7 @@ from fastadapt.errors import UserError
 from fastadapt.training import trainer
 from fastadapt.training.config import TrainConfig, from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
-from fastadapt.training.planning.estimate import count_steps, gb, plan
+from fastadapt.training.planning.estimate import count_steps, expected_l0, gb, plan
 from fastadapt.training.planning.memory import step_memory
 
 
@@ -217,3 +217,13 @@ def test_a_measured_step_of_a_7b_models_width(
         )
     assert used <= outcome["planned"]
     assert used >= 0.8 * outcome["planned"]
+
+
+def test_the_target_l0_is_what_a_plan_expects(tiny_config: Callable[..., TrainConfig]) -> None:
+    changes: list[dict[str, object]] = [
+        {"objective.l0": 2.5},
+        {"adapter.activation": "topk", "adapter.k": 3},
+        {},
+        {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    ]
+    assert [expected_l0(tiny_config(**each)) for each in changes] == [2.5, 3.0, 10.0, None]

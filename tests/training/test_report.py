@@ -252,6 +252,17 @@ def test_a_step_recorded_twice_counts_once_as_recorded_last(tmp_path: Path) -> N
     assert "not finished at step 2" in html
 
 
+def test_a_sparsity_that_varies_is_drawn_and_a_missed_target_is_hinted_at(tmp_path: Path) -> None:
+    records = [{"kind": "train", "step": s, "sparsity_weight": 0.1 * s} for s in (1, 2)]
+    records.append({"kind": "eval", "step": 2, "l0_mean": 8.0, "sparsity_weight": 0.2})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "config.yaml").write_text("objective: {sparsity: 0.1, l0: 5.0}\n")
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<h3>λ</h3>" in html
+    assert "L0 is 8.00, 60.0% above objective.l0 5.00." in html
+    assert "<h3>λ</h3>" not in write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+
+
 def test_no_directory_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run_dir: expected a run directory.*nowhere"):
         write_report(tmp_path / "nowhere")

@@ -64,6 +64,7 @@ class Measures(TypedDict, total=False):
     bridge_adapter_to_target: _Value
     bridge_target_to_adapter: _Value
     sparsity: _Value
+    sparsity_weight: _Value
     l0: _Value
     l0_mean: _Value
     l0_per_layer: _PerLayer
@@ -119,6 +120,12 @@ class RunLog:
         """``objective.sparsity``; None if the configuration does not record it."""
         weight = self._setting("objective", "sparsity")
         return float(weight) if isinstance(weight, int | float) else None
+
+    @property
+    def target_l0(self) -> float | None:
+        """``objective.l0``; None if the run has no target."""
+        target = self._setting("objective", "l0")
+        return float(target) if isinstance(target, int | float) else None
 
     def _setting(self, component: str, key: str) -> Any:
         try:

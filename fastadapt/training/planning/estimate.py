@@ -30,7 +30,7 @@ _READ_BYTES = 64 * 2**20
 #: Number of sequences of the paper's data, assumed if the run's data were not read.
 SEQUENCES = 50_000
 MEAN_SHARE = 0.76  # mean over longest sequence: 380M tokens in 50,000 sequences of up to 10,000
-L0 = 10.0  # active features per token and layer, assumed for the prediction unless k is set
+L0 = 10.0  # active features per token and layer, assumed unless k or a target is set
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Prediction:
     """Predicted operations and time of a run.
 
     Attributes:
-        l0: assumed active features per token and layer: k if it is set, else 10; None without
-            transcoders.
+        l0: expected active features per token and layer: k or the target L0 if it is set, else
+            10; None without transcoders.
         flops_per_step: operations of a step at the mean length, on all devices together.
         share: share of the device's rate that a step reaches, measured here; None if the device is
             not here, or the model too large to measure.
@@ -187,9 +187,17 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
     )
 
 
+def expected_l0(config: TrainConfig) -> float | None:
+    """Return k, the target L0 or, without either, an assumption; None for a baseline."""
+    if not config.n_features:
+        return None
+    given = config.objective.l0 if config.adapter.k is None else config.adapter.k
+    return L0 if given is None else float(given)
+
+
 def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     """Predict operations and time of a planned run; takes seconds."""
-    target, adapter = _target(config), config.adapter
+    target = _target(config)
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
     size, n_layers, kind = (
         config.optimizer.batch_size,
@@ -198,7 +206,7 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     )
     mean = _width(config, kind, planned.mean_tokens)
     setup = Setup(target, config.pair, config.trained, objective, size, mean)
-    l0 = None if not config.n_features else L0 if adapter.k is None else float(adapter.k)
+    l0 = expected_l0(config)
     policies = None
     if planned.checkpoint == "auto":
         longest = _width(config, kind, planned.tokens_per_sequence)
@@ -269,7 +277,8 @@ def _recompute(
     ``width`` is the length with padding.
     """
     n_layers = target.num_hidden_layers
-    codes = [L0] * n_layers if config.n_features else None
+    l0 = expected_l0(config)
+    codes = None if l0 is None else [l0] * n_layers
     cutoffs = range(config.objective.first_cutoff, n_layers + 1)
     chosen = {cutoff: planner.policies(width, cutoff, codes) for cutoff in cutoffs}
     counts = {p: sum(each.count(p) for each in chosen.values()) for p in POLICIES}

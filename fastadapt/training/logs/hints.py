@@ -9,16 +9,19 @@ from fastadapt.training.run_dir import Record
 
 #: Share of a layer's features above which a token's active features are too many to read.
 MOST_ACTIVE = 0.1
+#: Share of a target L0 by which the measured L0 may differ from it.
+OFF_TARGET = 0.1
 _NO_KL = 1e-6  # nats per token: rounding of equal models
 
 
-def hints(result: Record, sparsity: float | None = None) -> list[str]:
+def hints(result: Record, sparsity: float | None = None, target: float | None = None) -> list[str]:
     """Return hints about a summary or an evaluation record; empty if nothing is odd.
 
     Args:
         result: a summary or an evaluation record. Before the first step, when half of all features
             fire, only the hybrid's KL is looked at.
         sparsity: ``objective.sparsity`` of the run; with 0, a dense adapter is intended.
+        target: ``objective.l0`` of the run.
 
     Example:
         >>> hints({"kl_hybrid": 0.0})[0][:41]
@@ -32,7 +35,11 @@ def hints(result: Record, sparsity: float | None = None) -> list[str]:
             "the target predicts the same, so that an adapter has nothing to learn. Check "
             "pair.base and data.validation; fastadapt where shows in which parts two models differ."
         )
-    if result.get("step") != 0 and sparsity != 0 and l0 and n and l0 > MOST_ACTIVE * n:
+    if result.get("step") == 0 or l0 is None:
+        return lines
+    if target is not None:
+        return lines + _off_target(l0, target, result.get("sparsity_weight"))
+    if sparsity != 0 and n and l0 > MOST_ACTIVE * n:
         now = "" if sparsity is None else f" (now {sparsity:g})"
         lines.append(
             f"L0 is {number(l0)}, {percent(l0 / n)} of the {n:,} features of a layer: too many to "
@@ -40,6 +47,17 @@ def hints(result: Record, sparsity: float | None = None) -> list[str]:
             "falls with the steps."
         )
     return lines
+
+
+def _off_target(l0: float, target: float, weight: float | None) -> list[str]:
+    if abs(l0 - target) <= OFF_TARGET * target:
+        return []
+    side = "above" if l0 > target else "below"
+    start = "" if weight is None else f", or start from objective.sparsity {number(weight)}"
+    return [
+        f"L0 is {number(l0)}, {percent(abs(l0 / target - 1))} {side} objective.l0 "
+        f"{number(target)}. Train longer{start}."
+    ]
 
 
 def _features_per_layer(result: Record) -> int | None:
