@@ -37,8 +37,10 @@ def main(argv: list[str]) -> int:
     quiet_transformers()
     torch.set_num_threads(1)  # as the runs; equal bits need equal threads
     is_summary = options.summary or options.record is not None
-    open_folder(options.out, is_new=not is_summary, pairs=list(catalogue["pairs"]))
     parts = parts_of(options.out, catalogue, pairs, recipes, options.seeds)
+    for part in parts:
+        part.check()
+    open_folder(options.out, is_new=not is_summary, pairs=list(catalogue["pairs"]))
     if not is_summary and not fill(options.out, parts, partial(finish, _commit())):
         return 0
     if missing(parts, is_summary=is_summary) and not is_summary:

@@ -23,6 +23,7 @@ from threading import Event
 from time import process_time
 from typing import Any
 
+from fastadapt.errors import UserError
 from fastadapt.io.atomic import digest_of_input, remove
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file
@@ -83,6 +84,13 @@ class Part(parts.Part):
     def config(self) -> TrainConfig:
         """The configuration of the training."""
         return config_of(self.values, self.folder / RUN)
+
+    def check(self) -> None:
+        """Raise ``UserError`` if the part cannot be trained as it is described."""
+        try:
+            self.config  # noqa: B018
+        except UserError as error:
+            raise UserError(f"{self.label}: {error}") from None
 
     @property
     def stamps(self) -> dict[str, str]:

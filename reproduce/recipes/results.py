@@ -41,7 +41,7 @@ class Runs:
         texts = [[part["texts"] for part in of_seed] for of_seed in self.parts]
         layers, first = self.parts[0][0]["layers"], texts[0][0]
         sums = {
-            key: torch.tensor([[t[key] for t in of_seed] for of_seed in texts])  # type: ignore[literal-required]
+            key: torch.tensor([[t[key] for t in row] for row in texts], dtype=torch.float64)  # type: ignore[literal-required]
             for key in ("kl", "active")
         }
         counts = [torch.tensor(first[key]) for key in ("predicted", "tokens")]  # type: ignore[literal-required]
