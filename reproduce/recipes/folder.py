@@ -96,7 +96,7 @@ class Part(parts.Part):
     def stamps(self) -> dict[str, str]:
         """What a result depends on: ``rules``, ``training`` and ``shared`` of :class:`Measured`."""
         pair, inputs = self.settings, _inputs(self.values["pair"], self.values["data"])
-        shared = {key: pair[key] for key in ("config", "settings", "texts")}  # type: ignore[literal-required]
+        shared = {key: pair[key] for key in ("config", "settings", "texts")}
         judged = pair["judged"] if self.is_judged else None
         return {
             "rules": measure.rules(),

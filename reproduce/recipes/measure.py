@@ -168,11 +168,11 @@ def detection_of(
     Raises:
         UserError, RunError: see :func:`~fastadapt.features.collect.collect`.
     """
-    width = {"before": judged["before"], "after": judged["after"]}
+    n, before, after = judged["texts"], judged["before"], judged["after"]
     store = collect(
         run,
         None,
-        CollectConfig(n=judged["texts"], max_tokens=config.data.max_tokens, **width),
+        CollectConfig(n=n, max_tokens=config.data.max_tokens, before=before, after=after),
         overwrite=True,
         stop=stop,
     )
@@ -184,8 +184,9 @@ def detection_of(
         shown=SHOWN,
         min_shown=LEAST_SHOWN,
         scored=SCORED,
-        texts=judged["texts"],
-        **width,
+        before=before,
+        after=after,
+        texts=n,
     )
     try:
         result = describe(store, TokenJudge(), how, ModelActivations(model), stop=stop)

@@ -41,10 +41,10 @@ class Runs:
         texts = [[part["texts"] for part in of_seed] for of_seed in self.parts]
         layers, first = self.parts[0][0]["layers"], texts[0][0]
         sums = {
-            key: torch.tensor([[t[key] for t in row] for row in texts], dtype=torch.float64)  # type: ignore[literal-required]
+            key: torch.tensor([[t[key] for t in row] for row in texts], dtype=torch.float64)
             for key in ("kl", "active")
         }
-        counts = [torch.tensor(first[key]) for key in ("predicted", "tokens")]  # type: ignore[literal-required]
+        counts = [torch.tensor(first[key]) for key in ("predicted", "tokens")]
         return Curve(sums["kl"], counts[0], sums["active"] / layers, counts[1])
 
     def values(self, name: str) -> Tensor:
@@ -65,10 +65,10 @@ class Runs:
 
 def _value(part: Measured, name: str) -> float | None:
     if name in ("silent", "dead"):
-        return part[name] / part["features"]  # type: ignore[literal-required, no-any-return]
+        return part[name] / part["features"]  # type: ignore[literal-required]
     if name == "detection":
         return part["detection"]["accuracy"] if part["detection"] else None
-    return part["cost"][name]  # type: ignore[literal-required, no-any-return]
+    return part["cost"][name]  # type: ignore[literal-required]
 
 
 def gather(

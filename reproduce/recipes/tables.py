@@ -12,14 +12,25 @@ from fastadapt.reporting.tables import Interval, Table, as_markdown, shown
 OUTSIDE = "not reached"
 _HEAD = """# Recipes
 
-Options of training, compared at equal L0 on two pairs. `python -m reproduce.recipes --page
-docs/recipes.md` writes this page; every number is measured. The recipes are listed in
-`reproduce/recipes/recipes.yaml`, and the same command resumes after a stop.
+Options of training, compared at equal L0 on two pairs. The first command trains what is missing
+and writes this page; every number is from its files.
 
-Of every recipe, runs with several values of the setting that moves L0 are trained. The logarithm of
-KL is interpolated linearly in the logarithm of L0 between neighbouring runs of one seed; nothing is
-extrapolated. A change of −10% is a tenth less KL than the baseline has at that L0. Intervals are of
-95% over seeds and held-out texts, both paired with the baseline's
+```bash
+python -m reproduce.recipes --page docs/recipes.md   # resumes after a stop
+python -m reproduce.recipes              # the same in a second terminal: shares the work
+python -m reproduce.recipes --summary    # only the tables, of what is measured so far
+python -m reproduce.recipes --recipes l1 topk --pairs embedded --seeds 1   # a part of the work
+python -m reproduce.recipes --record topk   # stores a recipe's results before its option goes
+```
+
+The recipes are listed in `reproduce/recipes/recipes.yaml`. The pair of real models is the one that
+`make real` makes. A recipe whose option was removed stays a row, read from
+`reproduce/recipes/removed.json`.
+
+Of every recipe, runs with several values of the setting that moves L0 are trained with each seed.
+The logarithm of KL is interpolated linearly in the logarithm of L0 between neighbouring runs of one
+seed; nothing is extrapolated. A change of -10% is a tenth less KL than the baseline has at that L0.
+Intervals are of 95% over seeds and held-out texts, both paired with the baseline's
 (`reproduce/recipes/matched.py`), and over texts alone for a recipe with one seed.
 
 """
