@@ -131,8 +131,8 @@ def _summarise(options: argparse.Namespace, catalogue: Catalogue, parts: list[Pa
         result["pairs"][name] = {**about, **summarise(pair, runs)}
     if not any(pair["recipes"] for pair in result["pairs"].values()):
         raise UserError(f"--out: {options.out} has no recipe with all of its values measured yet")
-    made = tables(result)
-    write_results(options.out, RESULT, result, made)
+    written = tables(result)
+    write_results(options.out, RESULT, result, written)
     drawn = figures(result)
     folders = [options.out]
     if options.page is not None:
@@ -144,7 +144,7 @@ def _summarise(options: argparse.Namespace, catalogue: Catalogue, parts: list[Pa
                 for write, suffix in ((write_png, "png"), (write_svg, "svg")):
                     with replacing(folder / f"{figure.key}.{suffix}") as staged:
                         write(figure, staged)
-    for table in made:
+    for table in written:
         print(table.title)
         print_table(table.head, table.rows)
         print(f"{table.note}\n" if table.note else "")

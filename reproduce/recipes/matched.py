@@ -26,6 +26,8 @@ from torch import Tensor
 from fastadapt.evaluation.seeds import over_seeds
 from fastadapt.evaluation.statistics import Intervals, ratio
 
+_ROUNDING = 1e-9  # of an L0 that equals that of a run, such as k of topk
+
 
 class Curve(NamedTuple):
     """Runs of a recipe on a pair.
@@ -72,8 +74,8 @@ def log_kl_at(curve: Curve, l0: float) -> Tensor:
         >>> log_kl_at(Curve(1 / runs, one, runs, one), 2.0).exp()
         tensor([[0.5000]], dtype=torch.float64)
     """
-    x, y = _log_ratio(curve.active, curve.tokens), _log_ratio(curve.kl, curve.predicted)
-    between = _neighbours(x.mean(-1), l0)
+    x, y = log_ratio(curve.active, curve.tokens), log_ratio(curve.kl, curve.predicted)
+    between = _neighbours(curve.l0.log(), l0)
     (x0, x1), (y0, y1) = (_both(values, between) for values in (x, y))
     width = x1.mean(-1) - x0.mean(-1)
     slope = torch.where(width > 0, (y1.mean(-1) - y0.mean(-1)) / width, 0.0)[..., None]
@@ -105,23 +107,23 @@ def value_at(values: Tensor, curve: Curve, l0: float) -> float | None:
     return None if math.isnan(mean) else mean
 
 
-def interval(values: Tensor, of: Callable[[Tensor], Tensor] = torch.exp) -> Intervals:
-    """Return ``of`` the mean over seeds and texts, with its interval of 95%.
+def interval(values: Tensor, function: Callable[[Tensor], Tensor] = torch.exp) -> Intervals:
+    """Return a function of the mean over seeds and texts, with its interval of 95%.
 
     Args:
         values: ``[..., S, n]``, from :func:`log_kl_at`, or a difference of two such.
-        of: an increasing function, applied to the mean and the ends.
+        function: an increasing function, applied to the mean and the ends.
 
     Returns:
         All NaN if a seed is; see :func:`log_kl_at`.
     """
     ones = torch.ones(values.shape[-1])
-    if bool(values.isnan().any()) and values.ndim == 2:
+    if values.shape[-2] > 1:
+        return Intervals(*map(function, over_seeds(values, ones)))
+    if bool(values.isnan().any()):
         undefined = torch.tensor(math.nan, dtype=torch.float64)
         return Intervals(undefined, undefined, undefined)
-    if values.shape[-2] == 1:
-        return Intervals(*map(of, ratio(values.squeeze(-2), ones)))
-    return Intervals(*map(of, over_seeds(values, ones)))
+    return Intervals(*map(function, ratio(values.squeeze(-2), ones)))
 
 
 def change(curve: Curve, baseline: Curve, l0: float) -> Intervals:
@@ -146,7 +148,7 @@ def middle(baseline: Curve) -> float:
     return float(l0[..., l0.shape[-1] // 2].log().mean().exp())
 
 
-def _log_ratio(sums: Tensor, counts: Tensor) -> Tensor:
+def log_ratio(sums: Tensor, counts: Tensor) -> Tensor:
     """Return the linearised logarithm of ``Σ sums / Σ counts`` for each text, ``[..., n]``."""
     x, c = sums.double(), counts.double()
     r = x.sum(-1, keepdim=True) / c.sum()
@@ -163,7 +165,8 @@ def _neighbours(log_l0: Tensor, l0: float) -> _Between:
     width = high - low
     equal = torch.where(target == low, 0.0, math.nan)
     weight = torch.where(width > 0, (target - low) / width, equal)
-    weight = weight.masked_fill((weight < 0) | (weight > 1) | ~weight.isfinite(), math.nan)
+    inside = (weight > -_ROUNDING) & (weight < 1 + _ROUNDING)
+    weight = weight.clamp(0, 1).masked_fill(~inside, math.nan)
     left, right = (order.gather(-1, i)[..., 0] for i in (right - 1, right))
     return _Between(left, right, weight[..., 0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt.evaluation.statistics import Intervals
 from reproduce.recipes.catalogue import Pair, Recipe, baseline_of
-from reproduce.recipes.matched import Curve, change, interval, log_kl_at, middle, value_at
+from reproduce.recipes.matched import (
+    Curve,
+    change,
+    interval,
+    log_kl_at,
+    log_ratio,
+    middle,
+    value_at,
+)
 from reproduce.recipes.measure import Measured
 
 #: Other values of a part, which are read at equal L0 too.
@@ -117,7 +125,7 @@ def summarise(pair: Pair, runs: Sequence[Runs]) -> dict[str, Any]:
     return {
         "title": pair["title"],
         "l0": l0s,
-        "texts": pair["texts"],
+        "texts": len(runs[0].parts[0][0]["texts"]["tokens"]) if runs else 0,
         "hybrid": _hybrid(runs[0]) if runs else None,
         "recipes": [_summary(each, by_name, l0s) for each in runs],
     }
@@ -158,16 +166,12 @@ def _change(runs: Runs, baseline: Runs | None, l0: float) -> dict[str, float | N
 def _point(runs: Runs, i: int) -> dict[str, Any]:
     """Return the numbers of one value of the setting: means over seeds."""
     curve = runs.curve
-    kl = curve.kl.double()[..., i, :]
     l0 = curve.l0[..., i]
-    logs = kl.sum(-1, keepdim=True) / curve.predicted.double().sum()
-    ones = logs.log() + (kl - logs * curve.predicted) / (logs * curve.predicted.double().mean())
-    values: Intervals = interval(ones)
     means = {name: runs.values(name)[:, i].nanmean().item() for name in VALUES}
     return {
         "value": runs.parts[0][i]["value"],
         "l0": float(l0.log().mean().exp()),
         "l0_by_seed": l0.tolist(),
-        "kl": values.plain(),
-        **{name: None if mean != mean else mean for name, mean in means.items()},
+        "kl": interval(log_ratio(curve.kl[..., i, :], curve.predicted)).plain(),
+        **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
     }

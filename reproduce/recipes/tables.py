@@ -38,11 +38,11 @@ Intervals are of 95% over seeds and held-out texts, both paired with the baselin
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a result."""
-    made: list[Table] = []
+    written: list[Table] = []
     for pair in result["pairs"].values():
         if pair["recipes"]:
-            made += [_changes(pair), _features(pair), _points(pair)]
-    return made
+            written += [_changes(pair), _features(pair), _points(pair)]
+    return written
 
 
 def _l0s(pair: Mapping[str, Any]) -> list[str]:

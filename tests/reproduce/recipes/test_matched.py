@@ -35,6 +35,14 @@ def test_each_seed_has_its_own_neighbours() -> None:
     assert second == pytest.approx(0.6 * (0.3 / 0.6) ** (math.log(2 / 1.5) / math.log(2.5 / 1.5)))
 
 
+def test_the_l0_of_a_run_is_reached() -> None:
+    # Like topk with k = 1, 3 and 7, but for rounding that puts the last run beyond 7, or before 1.
+    tokens = torch.tensor([7.0, 11.0, 13.0])
+    active = torch.tensor([1.0, 3.0, 7.0])[:, None] * tokens * 30 / 30.0
+    curve = Curve(1 / active[None], torch.ones(3), active[None] * (1 + 1e-13), tokens)
+    assert all(log_kl_at(curve, l0).isfinite().all() for l0 in (1.0, 3.0, 7.0))
+
+
 @pytest.mark.parametrize("l0", [0.99, 16.01])
 def test_nothing_is_extrapolated(l0: float) -> None:
     curve = curve_of([[1.0, 4.0, 16.0], [0.5, 4.0, 20.0]], [[0.8, 0.2, 0.1], [0.9, 0.2, 0.1]])

@@ -251,14 +251,14 @@ def test_a_summary_is_of_recipes_with_all_values(
     finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, path = finished
-    gone = parts(out, path)[-1]  # of topk and seed 2
-    (gone.folder / MEASURED).unlink()
+    absent = parts(out, path)[-1]  # of topk and seed 2
+    (absent.folder / MEASURED).unlink()
     other = parts(out, path)[0]
     stale = json.loads((other.folder / MEASURED).read_text()) | {"rules": "0" * 64}
     write(other.folder / MEASURED, stale)
     assert run(out, path, "--summary") == 0
     printed = capsys.readouterr().out
-    assert f"Not measured yet: {other.label}; {gone.label}." in printed
+    assert f"Not measured yet: {other.label}; {absent.label}." in printed
     l1, topk = result_of(out)["recipes"]
     assert (l1["seeds"], topk["seeds"]) == ([2], [1])
     assert topk["change"] == [None] * 3  # no common seed
