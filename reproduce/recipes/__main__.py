@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from reproduce.parts import fill, missing
-    from reproduce.recipes.catalogue import chosen, read_catalogue
+    from reproduce.recipes.catalogue import check_present, chosen, read_catalogue
     from reproduce.recipes.folder import finish, open_folder, parts_of
     from reproduce.recipes.removed import record
 
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     names = [recipe["name"] for recipe in catalogue["recipes"]]
     pairs = chosen(options.pairs, list(catalogue["pairs"]), "--pairs")
     recipes = chosen(options.recipes, names, "--recipes")
+    check_present({name: catalogue["pairs"][name] for name in pairs})
     quiet_transformers()
     torch.set_num_threads(1)  # as the runs; equal bits need equal threads
     is_summary = options.summary or options.record is not None

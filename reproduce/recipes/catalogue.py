@@ -39,6 +39,13 @@ class Judged(TypedDict):
     after: Count
 
 
+class Needs(TypedDict):
+    """Files that a command makes before a pair can be used."""
+
+    paths: list[Name]
+    command: Name
+
+
 class Pair(TypedDict):
     """A pair of models, and the settings that all recipes share on it.
 
@@ -52,6 +59,7 @@ class Pair(TypedDict):
     settings: Settings
     texts: Positive
     judged: Judged
+    needs: NotRequired[Needs]
 
 
 class Recipe(TypedDict):
@@ -103,6 +111,18 @@ def read_catalogue(path: Path = CATALOGUE) -> Catalogue:
 def baseline_of(recipe: Recipe) -> str:
     """Return the name of the recipe that a recipe is compared with; its own for a baseline."""
     return recipe.get("baseline", BASELINE)
+
+
+def check_present(pairs: Mapping[str, Pair]) -> None:
+    """Raise ``UserError`` if a pair needs files that do not exist, naming the command for them."""
+    for name, pair in pairs.items():
+        needs = pair.get("needs")
+        for path in needs["paths"] if needs else ():
+            if needs and not Path(path).exists():
+                raise UserError(
+                    f"the pair {name} needs {path}, which does not exist; run {needs['command']}, "
+                    "or name other pairs by --pairs"
+                )
 
 
 def chosen(named: Sequence[str] | None, known: Sequence[str], option: str) -> list[str]:

@@ -122,6 +122,16 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pair_whose_files_are_missing_says_how_to_make_them(tmp_path: Path) -> None:
+    needs = {"paths": [str(tmp_path / "none")], "command": "make real"}
+    path = listed(tmp_path, lambda v: v["pairs"]["embedded"].update(needs=needs))
+    with pytest.raises(UserError, match=r"pair embedded needs .*none, .* run make real, or name"):
+        run(tmp_path / "out", path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no table of recipes"):
+        run(tmp_path / "out", path, "--summary")
+
+
 # --- what is measured ---
 
 
