@@ -116,9 +116,9 @@ def baseline_of(recipe: Recipe) -> str:
 def check_present(pairs: Mapping[str, Pair]) -> None:
     """Raise ``UserError`` if a pair needs files that do not exist, naming the command for them."""
     for name, pair in pairs.items():
-        needs = pair.get("needs")
-        for path in needs["paths"] if needs else ():
-            if needs and not Path(path).exists():
+        needs = pair.get("needs", {"paths": [], "command": ""})
+        for path in needs["paths"]:
+            if not Path(path).exists():
                 raise UserError(
                     f"the pair {name} needs {path}, which does not exist; run {needs['command']}, "
                     "or name other pairs by --pairs"

@@ -99,10 +99,16 @@ def _features(pair: Mapping[str, Any]) -> Table:
         f"Features and cost, {pair['title']}",
         ["recipe", *(head for head, _ in columns.values())],
         [
-            [_name(recipe), *(show(recipe[key][0]) for key, (_, show) in columns.items())]
+            [
+                _name(recipe),
+                *(
+                    OUTSIDE if recipe["kl"][0]["mean"] is None else show(recipe[key][0])
+                    for key, (_, show) in columns.items()
+                ),
+            ]
             for recipe in pair["recipes"]
         ],
-        f"{_l0s(pair)[0].capitalize()}, linear in log L0 between runs; means over seeds. Dead in "
+        f"Read {_l0s(pair)[0]}, linear in log L0 between runs; means over seeds. Dead in "
         "training: share of the features that fire on none of its last tokens (`run.dead_window`). "
         "Detection score: share of scored examples that a rule over tokens labels rightly (a half "
         "by chance). Operations are planned at the mean L0 of the training.",
