@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastadapt.reporting.figures import L0, Figure, series_of
+from fastadapt.reporting.figures import L0, Figure, Series
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, Table, as_markdown, shown
 
@@ -137,15 +137,18 @@ def _points(pair: Mapping[str, Any]) -> Table:
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """Return a figure of KL against L0 for each pair; its key is the pair's name."""
+    """Return a figure of KL against L0 for each pair; its key is the pair's name.
+
+    It has no intervals: those of single recipes hide that the recipes are paired.
+    """
     drawn = []
     for key, pair in result["pairs"].items():
         series = []
         for recipe in pair["recipes"]:
             points = sorted(recipe["points"], key=lambda point: point["l0"])
             kind = "reference" if recipe["baseline"] == recipe["name"] else "layer"
-            x, values = [p["l0"] for p in points], [p["kl"] for p in points]
-            series.append(series_of(recipe["name"], kind, x, values))
+            x, y = [p["l0"] for p in points], [p["kl"]["mean"] for p in points]
+            series.append(Series(recipe["name"], kind, x, y))
         if series:
             title = f"KL against L0, {pair['title']}"
             unit = "KL to the target, nats per predicted token"
