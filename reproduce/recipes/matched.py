@@ -11,6 +11,10 @@ whose mean is the interpolated value, and the project's interval over seeds and 
 (:mod:`fastadapt.evaluation.seeds`) applies. A change against a baseline is the difference of these
 numbers, so that both seeds and texts are paired. With one seed the interval is over texts alone.
 
+Measured coverage of 95% intervals with three seeds and 60 texts, in 5,000 experiments each, of
+curves that are lines in logarithms: 93.3 to 94.9% of a KL, 94.8 to 95.6% of a change
+(``tests/reproduce/recipes/test_matched.py``).
+
 S seeds, V values of the setting, n texts.
 """
 
