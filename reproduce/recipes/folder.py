@@ -4,6 +4,7 @@
 
     settings.json                     marks the folder, and has the rules of measuring
     PAIR/RECIPE/VALUE/seedN/          a part, under a lock of its own
+        training.json                 stands for what the run depends on
         run/                          its run, whose checkpoints are removed when it is measured
         measured.json                 what was measured
     recipes.json                      all numbers of the tables
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,15 +25,14 @@ from time import process_time
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.io.atomic import digest_of_input, remove
+from fastadapt.io.atomic import digest_of_input, disk_errors, remove
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file
 from fastadapt.io.workspace import Workspace
 from fastadapt.models.sources.fingerprint import fingerprint
-from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
-from fastadapt.training.config import TrainConfig, differences, load_config
+from fastadapt.training.config import TrainConfig
 from fastadapt.training.logs.run_log import read_run
 from fastadapt.training.trainer import train
 from reproduce import parts
@@ -41,7 +41,7 @@ from reproduce.recipes import measure
 from reproduce.recipes.catalogue import Catalogue, Pair, Recipe, config_of, values_of
 from reproduce.recipes.measure import Measured
 
-RESULT, RUN = "recipes.json", "run"
+RESULT, RUN, TRAINING = "recipes.json", "run", "training.json"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Part(parts.Part):
         shared = {key: pair[key] for key in ("config", "settings", "texts")}
         judged = pair["judged"] if self.is_judged else None
         return {
-            "rules": measure.rules(),
-            "training": _digest([self.values, inputs, judged]),
+            "rules": _digest([measure.rules(), judged]),
+            "training": _digest([self.values, inputs]),
             "shared": _digest([shared, inputs]),
         }
 
@@ -226,17 +226,22 @@ def finish(
 def _train(part: Part, progress: Callable[[str, int, int], None], stop: Event) -> float | None:
     """Train a part's run, or resume it; return the seconds of processor that it took.
 
-    A finished run of the same settings is not repeated. Its seconds are read from an older result;
-    None if there is none, or if the training was interrupted.
+    A run of other settings, weights or texts is removed first. A finished run is not repeated: its
+    seconds are those of an older result, and None without one. They are None also of a training
+    that was interrupted.
 
     Raises:
         StoppedError: before it is finished.
+        RunError: the folder cannot be written.
     """
-    run, config = part.folder / RUN, part.config
-    located = replace(config, pair=Sources.find(config.pair).located())
-    has_run = has_file(run / run_dir.CONFIG)
-    is_same = has_run and not differences(located, load_config(run / run_dir.CONFIG))
-    if is_same and has_file(run / run_dir.SUMMARY):
+    run, stamp = part.folder / RUN, {"training": part.stamps["training"]}
+    path = part.folder / TRAINING
+    if not has_file(path) or read_json(path, dict[str, str]) != stamp:
+        with disk_errors(part.folder):
+            remove(part.folder / MEASURED)
+            remove(run)
+        parts.write(path, stamp)
+    if has_file(run / run_dir.SUMMARY):
         return _recorded_seconds(part.folder)
 
     def show(record: dict[str, Any]) -> None:
@@ -245,11 +250,12 @@ def _train(part: Part, progress: Callable[[str, int, int], None], stop: Event) -
         elif record["kind"] in ("start", "resume"):
             steps[0] = record["steps"]
 
+    is_begun = has_file(run / run_dir.CONFIG)
     steps, began = [0], process_time()
-    train(config, resume=is_same, overwrite=has_run and not is_same, sinks=[show], stop=stop)
+    train(part.config, resume=is_begun, sinks=[show], stop=stop)
     if not has_file(run / run_dir.SUMMARY):
         raise StoppedError
-    return None if is_same else process_time() - began
+    return None if is_begun else process_time() - began
 
 
 def _recorded_seconds(folder: Path) -> float | None:

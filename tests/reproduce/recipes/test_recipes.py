@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from fastadapt.data.batches import collate_whole
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import locked
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.training.config import load_config
 from fastadapt.training.held_out import evaluate
-from reproduce.parts import MEASURED, SETTINGS, TABLES, digest_of_code, write
+from reproduce.parts import MEASURED, SETTINGS, TABLES, StoppedError, digest_of_code, write
 from reproduce.recipes.__main__ import main
 from reproduce.recipes.catalogue import Catalogue, read_catalogue
-from reproduce.recipes.folder import RESULT, Part, parts_of
+from reproduce.recipes.folder import RESULT, RUN, TRAINING, Part, _train, parts_of
 from reproduce.recipes.measure import outputs_of
 
 ROOT = Path(__file__).parents[3]
@@ -285,6 +287,31 @@ def test_other_settings_make_a_part_unmeasured(finished: tuple[Path, Path]) -> N
     changed = text.replace("objective.sparsity: 0.0", "objective.sparsity: 0.5")
     path.write_text(changed)
     assert [bool(part.measured()) for part in parts(out, path, 1)] == [True] * 3 + [False] * 3
+
+
+def test_a_run_is_repeated_only_with_other_settings(finished: tuple[Path, Path]) -> None:
+    out, path = finished
+    part = parts(out, path)[0]
+    run, stop = part.folder / RUN, Event()
+    result = json.loads((part.folder / MEASURED).read_text())
+    result["cost"]["cpu_s"] = 12.5
+    write(part.folder / MEASURED, result)
+    write(part.folder / TRAINING, {"training": part.stamps["training"]})
+    run.mkdir()
+    write(run / "summary.json", {})
+    assert _train(part, lambda *_: None, stop) == 12.5
+    path.write_text(path.read_text().replace("units: 2", "units: 3"))  # what is judged, not trained
+    (same,) = parts(out, path)[:1]
+    assert same.measured() is None
+    assert _train(same, lambda *_: None, stop) == 12.5
+    path.write_text(path.read_text().replace("adapter.n_features: 32", "adapter.n_features: 33"))
+    (other,) = parts(out, path)[:1]
+    stop.set()
+    with pytest.raises(StoppedError):  # before the first step
+        _train(other, lambda *_: None, stop)
+    assert not (run / "summary.json").exists()
+    assert load_config(run / "config.yaml").adapter.n_features == 33
+    assert not (part.folder / MEASURED).exists()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
