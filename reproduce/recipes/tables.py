@@ -111,7 +111,8 @@ def _features(pair: Mapping[str, Any]) -> Table:
         f"Read {_l0s(pair)[0]}, linear in log L0 between runs; means over seeds. Dead in "
         "training: share of the features that fire on none of its last tokens (`run.dead_window`). "
         "Detection score: share of scored examples that a rule over tokens labels rightly (a half "
-        "by chance). Operations are planned at the mean L0 of the training.",
+        "by chance). Operations are planned at the mean L0 of the training, for buffers of codes "
+        "whose size is a power of two.",
     )
 
 
