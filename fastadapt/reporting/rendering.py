@@ -114,6 +114,15 @@ def colours(series: Sequence[Series]) -> list[str]:
 
 def write_png(figure: Figure, path: Path) -> None:
     """Write ``figure`` as a PNG file of 7.6 by 4.2 inches at 200 dpi."""
+    _write(figure, path, format="png", dpi=200)
+
+
+def write_svg(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as an SVG file of 7.6 by 4.2 inches. Equal figures give equal files."""
+    _write(figure, path, format="svg", metadata={"Date": None})
+
+
+def _write(figure: Figure, path: Path, **how: Any) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
@@ -135,7 +144,7 @@ def write_png(figure: Figure, path: Path) -> None:
         )
         for text, (_, name) in zip(legend.get_texts(), named, strict=True):
             text.set_text(name)
-        canvas.savefig(path, dpi=200, format="png")
+        canvas.savefig(path, **how)
 
 
 def inline_svg(figure: Figure, size: tuple[float, float] = (400, 230)) -> str:

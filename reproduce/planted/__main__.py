@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
-from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import disk_errors, replacing
-from fastadapt.reporting.tables import as_markdown
 
 if TYPE_CHECKING:
     from reproduce.planted.folder import Part
@@ -26,8 +24,9 @@ def main(argv: list[str]) -> int:
     """Run the benchmark, or resume it; return the exit code."""
     import torch
 
+    from reproduce.parts import fill, missing
     from reproduce.planted.folder import open_folder, parts_of
-    from reproduce.planted.organisms import SIZES, StoppedError
+    from reproduce.planted.organisms import SIZES
 
     options = _options(argv, tuple(SIZES))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -35,21 +34,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # as the preset's; equal bits need equal threads
     open_folder(options.out, options.size, is_new=not options.summary)
     parts = parts_of(options.out, seeds, seeds[: options.nulls])
-    if not options.summary:
-        try:
-            with stoppable() as (stop, progress):
-                for part in parts:
-                    _finish(part, options.size, progress, stop)
-        except StoppedError:
-            print(f"Stopped; finished parts are saved in {options.out}.")
-            print(resume_hint())
-            return 0
-    missing = [part.label for part in parts if part.measured() is None]
-    if missing:
-        print(f"Not measured yet: {'; '.join(missing)}.")
-        if not options.summary:
-            print("Another process is at it, which will write the tables; or run this again.")
-            return 0
+    if not options.summary and not fill(options.out, parts, partial(_finish, options.size)):
+        return 0
+    if missing(parts, is_summary=options.summary) and not options.summary:
+        return 0
     _summarise(options.out, parts, options.size)
     return 0
 
@@ -79,26 +67,20 @@ def _options(argv: list[str], sizes: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _finish(part: Part, size: str, progress: Callable[..., None], stop: Event) -> None:
-    """Make and measure a part, unless that is done or another process does it.
+def _finish(size: str, part: Part, progress: Callable[..., None], stop: Event) -> None:
+    """Make and measure a part.
 
     Raises:
         StoppedError: before it is finished.
     """
-    from reproduce.planted.folder import MEASURED, write
+    from reproduce.parts import MEASURED, write
     from reproduce.planted.measure import measure
-    from reproduce.planted.organisms import SIZES, Maker, StoppedError
+    from reproduce.planted.organisms import SIZES, Maker
 
-    with part.claimed() as is_ours:
-        if not is_ours:
-            say(f"{part.label}: another process is at it")
-        elif part.measured() is None:
-            maker = Maker(part.folder, part.seed, part.role, SIZES[size], progress, stop)
-            maker.make()
-            say(f"{part.label}: units of every method")
-            write(part.folder / MEASURED, measure(maker), indent=None)
-    if stop.is_set():
-        raise StoppedError
+    maker = Maker(part.folder, part.seed, part.role, SIZES[size], progress, stop)
+    maker.make()
+    say(f"{part.label}: units of every method")
+    write(part.folder / MEASURED, measure(maker), indent=None)
 
 
 def _summarise(out: Path, parts: Sequence[Part], size: str) -> None:
@@ -107,8 +89,9 @@ def _summarise(out: Path, parts: Sequence[Part], size: str) -> None:
     Raises:
         UserError: no planted organism is measured.
     """
+    from reproduce.parts import TABLES, write_results
     from reproduce.planted import judge
-    from reproduce.planted.folder import RESULT, TABLES, held, settings_of, write
+    from reproduce.planted.folder import RESULT, settings_of
     from reproduce.planted.measure import judge_of
     from reproduce.planted.organisms import SIZES
     from reproduce.planted.scores import Seed, summarise
@@ -139,10 +122,7 @@ def _summarise(out: Path, parts: Sequence[Part], size: str) -> None:
         **summarise(seeds),
     }
     shown = tables(result)
-    with held(out):
-        write(out / RESULT, result)
-        with disk_errors(out), replacing(out / TABLES) as staged:
-            staged.write_text(as_markdown(shown), encoding="utf-8")
+    write_results(out, RESULT, result, shown)
     for table in shown:
         print(table.title)
         print_table(table.head, table.rows)

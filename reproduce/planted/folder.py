@@ -13,35 +13,28 @@ The folder's own lock is held for settings and results alone, for a moment.
 from __future__ import annotations
 
 import hashlib
-import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastadapt.io.atomic import disk_errors, locked, make_folder, replacing, sweep_tree
-from fastadapt.io.documents import read_json, same
-from fastadapt.io.names import has_file
 from fastadapt.io.workspace import Workspace
 from fastadapt.models.sources.fingerprint import fingerprint
 from fastadapt.organism import NAMES
+from reproduce import parts
+from reproduce.parts import SETTINGS, TABLES
 from reproduce.planted.differences import Planted
-from reproduce.planted.measure import Measured, Stamp, rules
+from reproduce.planted.measure import Measured, rules
 from reproduce.planted.organisms import SIZES, Role
 
-SETTINGS, RESULT, TABLES, MEASURED = "settings.json", "planted.json", "tables.md", "measured.json"
-_LOCK = ".lock"
-_FILES = (SETTINGS, RESULT, TABLES)
+RESULT = "planted.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(parts.Part):
     """An organism of a seed, and its folder."""
 
-    folder: Path
     seed: int
     role: Role
 
@@ -50,30 +43,13 @@ class Part:
         """The part in messages."""
         return f"seed {self.seed}, {self.role}"
 
-    @contextmanager
-    def claimed(self) -> Iterator[bool]:
-        """Yield whether this process holds the part; another one may be working on it."""
-        with ExitStack() as held:
-            with disk_errors(self.folder):
-                make_folder(self.folder)
-                try:
-                    held.enter_context(locked(self.folder / _LOCK))
-                except BlockingIOError:
-                    yield False
-                    return
-                sweep_tree(self.folder)
-            yield True
-
     def measured(self) -> Measured | None:
         """Return what was measured by the present rules; None if it was by others, or not yet.
 
         Raises:
             UserError: the file is damaged.
         """
-        path = self.folder / MEASURED
-        if not has_file(path) or read_json(path, Stamp)["rules"] != rules():
-            return None
-        measured: Measured = read_json(path, Measured)
+        measured: Measured | None = parts.read_measured(self.folder, Measured, rules())
         return measured
 
 
@@ -109,42 +85,15 @@ def open_folder(folder: Path, size: str, *, is_new: bool = True) -> None:
         UserError: the folder has other files, or parts that depend on other settings; or it has
             none, and may not be new.
     """
-    workspace = Workspace(folder, "--out", "writing to", _FILES, marker=SETTINGS)
-    names = workspace.names()
-    foreign = [n for n in names if n not in _FILES and not n.removeprefix("seed").isdecimal()]
-    if foreign or (names and SETTINGS not in names):
-        raise workspace.foreign("holds files that are not of this benchmark", foreign or names)
-    if not names and not is_new:
-        raise workspace.refusal("holds no benchmark; leave out --summary to run one")
-    path, settings = folder / SETTINGS, settings_of(size)
-    with held(folder):
-        workspace.sweep()
-        before = read_json(path, dict[str, Any]) if has_file(path) else None
-        if before is not None and not same(before.get("training"), settings["training"]):
-            raise workspace.refusal(
-                "holds a benchmark of another size, base or way of training, or of other planted "
-                "texts; give the same --size, or a new folder"
-            )
-        if not same(before, settings):
-            write(path, settings)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold the folder's own lock, after waiting for a process that holds it for a moment.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
-    with ExitStack() as stack, disk_errors(folder):
-        make_folder(folder)
-        while True:
-            try:
-                stack.enter_context(locked(folder / _LOCK))
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        yield
+    files = (SETTINGS, RESULT, TABLES)
+    parts.open_folder(
+        Workspace(folder, "--out", "writing to", files, marker=SETTINGS),
+        settings_of(size),
+        is_part=lambda name: name.removeprefix("seed").isdecimal(),
+        clash="holds a benchmark of another size, base or way of training, or of other planted "
+        "texts; give the same --size, or a new folder",
+        is_new=is_new,
+    )
 
 
 def parts_of(folder: Path, seeds: Sequence[int], nulls: Sequence[int]) -> list[Part]:
@@ -156,10 +105,3 @@ def parts_of(folder: Path, seeds: Sequence[int], nulls: Sequence[int]) -> list[P
         for role, numbers in roles.items()
         if seed in numbers
     ]
-
-
-def write(path: Path, values: Any, *, indent: int | None = 1) -> None:
-    """Write a JSON file."""
-    text = json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    with disk_errors(path), replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")

@@ -27,6 +27,7 @@ from fastadapt.training.trainer import train
 from reproduce.organism.problems import problem_stream
 from reproduce.organism.recipe import CONFIGS, PhaseConfig, base_text, batches, save, train_phase
 from reproduce.organism.tokenizer import ASSISTANT
+from reproduce.parts import StoppedError
 from reproduce.planted.differences import Planted, Text
 
 Role = Literal["planted", "null"]
@@ -62,10 +63,6 @@ SIZES = {
     "full": Size(),
     "small": Size(4, 4, 1e-3, 4, 4, n_features=64, train_texts=16, probes=40),
 }
-
-
-class StoppedError(Exception):
-    """The command was asked to stop, and what is finished is on the disk."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ _MIN_AGREEMENT = 0.9  # share of examples; rounding differs by batch near 0 in b
 REASONS = ("too rare", "too few examples", "no silent text")
 
 
+class NothingToJudgeError(UserError):
+    """No unit of a store has examples enough to be judged."""
+
+
 @dataclass(frozen=True)
 class DetectionCase:
     """A feature or neuron to judge, examples of one sample to show, and shuffled texts to score."""
@@ -82,7 +86,8 @@ def draw(
         The selection; None if stopped.
 
     Raises:
-        UserError: the store has no unit that can be judged, or belongs to another model.
+        NothingToJudgeError: the store has no unit that can be judged.
+        UserError: the store belongs to another model.
     """
     kinds = config.kinds or tuple(store.kinds)
     corpus = Corpus(store, config)
@@ -114,7 +119,7 @@ def draw(
         for layer, count in enumerate(counts[kind]):
             count["judged"] = len({c.unit for c in cases if (c.unit[:2] == (kind, layer))})
     if not cases:
-        raise UserError(
+        raise NothingToJudgeError(
             f"{store.folder}: no unit of kind {', '.join(kinds)} to judge: none is active on at "
             f"least {config.min_density:g} of the tokens with {config.min_shown + config.scored} "
             "examples or more that do not overlap, and has as many negatives; lower "

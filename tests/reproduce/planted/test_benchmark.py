@@ -21,12 +21,13 @@ import torch
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import locked
 from fastadapt.training.config import load_config, save_config
+from reproduce.parts import MEASURED, SETTINGS, TABLES, StoppedError
 from reproduce.planted import units
 from reproduce.planted.__main__ import main
-from reproduce.planted.folder import MEASURED, RESULT, SETTINGS, TABLES, settings_of
+from reproduce.planted.folder import RESULT, settings_of
 from reproduce.planted.judge import CONTEXTS, Judge
 from reproduce.planted.measure import Measured, StoredUnit, judge_of, rules
-from reproduce.planted.organisms import SIZES, Maker, StoppedError, _move, adapter_config
+from reproduce.planted.organisms import SIZES, Maker, _move, adapter_config
 from reproduce.planted.scores import BUDGETS, Seed, is_in_mlps, is_planted, summarise
 from reproduce.planted.tables import tables
 from reproduce.planted.units import ADAPTER, BASELINES, KL, SHUFFLED, STATES, TOKENS
