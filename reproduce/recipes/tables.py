@@ -8,6 +8,7 @@ from typing import Any
 from fastadapt.reporting.figures import L0, Figure, Series
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, Table, as_markdown, shown
+from reproduce.recipes.trials import trials_table
 
 OUTSIDE = "not reached"
 _HEAD = """# Recipes
@@ -174,7 +175,7 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, str], command: str) -
         [
             _HEAD.rstrip() + "\n",
             *shown_pictures,
-            as_markdown(tables(result)),
+            as_markdown([*tables(result), trials_table()]),
             _facts(result, command),
         ]
     )
