@@ -23,7 +23,8 @@ OPTIONS = re.findall(
 --data.validation --data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
---objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
+--objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.penalty
+--objective.penalty_scale --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
 --optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
 --optimizer.moments --optimizer.stochastic_rounding
