@@ -14,18 +14,18 @@ import triton.language as tl
 @triton.jit
 def penalty_of(u, SCALE: tl.constexpr):
     """``φ(u)`` for u >= 0 in fp32."""
-    if SCALE is None:
-        return u
-    else:
+    cost = u
+    if SCALE is not None:
         v = u * SCALE
         e = tl.exp(-2.0 * v)
-        # 1 - e cancels near 0. There, Lambert's continued fraction for tanh, to the term v² / 9, has
-        # a relative error below 2e-10.
+        # 1 - e cancels near 0. There, Lambert's continued fraction for tanh, to the term v² / 9,
+        # has a relative error below 2e-10.
         near = tl.minimum(v, 0.5)
         q = near * near
         above = tl.where(v < 0.5, near * (945.0 + q * (105.0 + q)), 1.0 - e)
         below = tl.where(v < 0.5, 945.0 + q * (420.0 + q * 15.0), 1.0 + e)
-        return tl.div_rn(above, below)
+        cost = tl.div_rn(above, below)
+    return cost
 
 
 @triton.jit

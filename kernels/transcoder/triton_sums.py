@@ -94,7 +94,7 @@ def cost_by_token(
     values_ptr, features_ptr, row_offsets_ptr, table_ptr, weights_ptr, costs_ptr, E, table_stride,
     SCALE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``w_t Σ_c φ(value_c ‖table[feature_c]‖)``, reading only the codes' rows of the table."""
+    """Write ``w_t Σ_c φ(value_c ‖table[feature_c]‖)``; of the table, only codes' rows are read."""
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(row_offsets_ptr + row + 1)
     cost = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -127,7 +127,8 @@ def sampled_product(
 ):  # fmt: skip
     """Write ``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code.
 
-    SCALE multiplies the norm by ``φ'(value_c norm[feature_c])``. Further programs write 0 in the unused tail.
+    SCALE multiplies the norm by ``φ'(value_c norm[feature_c])``. Further programs write 0 in the
+    unused tail.
     """
     row = tl.program_id(0).to(tl.int64)
     if row >= N:
@@ -244,7 +245,8 @@ def sum_by_feature(
 ):  # fmt: skip
     """Write ``scalar_i = Σ_c w_c scale_c`` and ``Σ_c scale_c table[token_c]``, c over i's codes.
 
-    SCALE multiplies the terms of the first by ``φ'(scale_c ‖W_i‖)``. HAS_C adds ``c scalar_i W_i / ‖W_i‖`` to the second.
+    SCALE multiplies the terms of the first by ``φ'(scale_c ‖W_i‖)``. HAS_C adds
+    ``c scalar_i W_i / ‖W_i‖`` to the second.
     """
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
