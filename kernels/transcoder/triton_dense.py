@@ -61,8 +61,9 @@ def finish_gradient(
     if HAS_G:
         da += tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_C:
+        c = tl.load(c_ptr)
         norm = tl.load(norms_ptr + features, mask=inside, other=0.0)
-        cost = tl.load(c_ptr) * norm
+        cost = c * norm
         if SCALE is not None:
             cost = cost * penalty_slope(a.to(tl.float32) * norm, SCALE)
         if HAS_WEIGHTS:

@@ -157,8 +157,9 @@ def sampled_product(
                 products += g.to(tl.float32)[None, :] * W.to(tl.float32)
             da += tl.sum(products, axis=1)
         if HAS_C:
+            c = tl.load(c_ptr)
             norm = tl.load(norms_ptr + feature, mask=live, other=0.0)
-            cost = tl.load(c_ptr) * norm
+            cost = c * norm
             if SCALE is not None:
                 value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
                 cost = cost * penalty_slope(value * norm, SCALE)
