@@ -233,8 +233,8 @@ def test_the_tanh_penalty_equals_the_naive_one(
     config = ObjectiveConfig(sparsity=0.03, penalty="tanh", penalty_scale=scale)
     for cutoff in (0, 2):
         check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
+    other = replace(config, penalty="l1", penalty_scale=None)
     with pytest.raises(AssertionError, match="sparsity at cutoff 0: relative error"):
-        other = replace(config, penalty="l1", penalty_scale=None)
         check(replacement, target, 0, config, ragged_batch(0), 1e-10, naive_config=other)
 
 
