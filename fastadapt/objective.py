@@ -102,6 +102,9 @@ class ObjectiveConfig:
                 f"{self.first_cutoff}"
             )
         _check_penalty(self.penalty, self.penalty_scale)
+        if self.penalty == "tanh" and self.penalty_scale is None:
+            # config.yaml must record the number: the default may change between versions.
+            object.__setattr__(self, "penalty_scale", TANH_SCALE)
         if self.checkpoint not in (*POLICIES, "auto"):
             raise UserError(
                 f"objective.checkpoint must be auto or one of {', '.join(POLICIES)}, "
@@ -156,13 +159,6 @@ def _check_penalty(penalty: str, scale: float | None) -> None:
         )
     if scale is not None and not 0 < scale < float("inf"):
         raise UserError(f"objective.penalty_scale must be a positive, finite number, got {scale}")
-
-
-def sparsity_penalty(config: ObjectiveConfig) -> Penalty:
-    """Return the function that the sparsity penalty sums, with the default of its scale."""
-    if config.penalty == "l1":
-        return L1
-    return Penalty(config.penalty, config.penalty_scale or TANH_SCALE)
 
 
 def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) -> int:
@@ -268,6 +264,7 @@ def _traverse(
     zero = tokens_BT.new_zeros(())
     nmse_sum, token_sum = zero, zero  # both models have the same embeddings: that term is 0
     calls: list[AdapterCall] = []
+    phi = Penalty(config.penalty, config.penalty_scale)
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
         if forked and layer == cutoff:
@@ -280,7 +277,7 @@ def _traverse(
             h, _ = model.block(layer, h, single.arguments[layer], "target")
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
-        run = partial(run, mask=mask, padding=pad, plan=plan, penalty=sparsity_penalty(config))
+        run = partial(run, mask=mask, padding=pad, plan=plan, penalty=phi)
         modules = model.saving_modules(layer, "replacement")
         h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, modules=modules)
         if penalty is not None and counts is not None:

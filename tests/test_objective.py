@@ -183,9 +183,8 @@ def check(
 ) -> None:
     """Compare all losses and gradients with the naive ones, by default of the same settings."""
     weights = naive_config or config
-    tanh_scale = (weights.penalty_scale or 4.0) if weights.penalty == "tanh" else None
     adapted = [
-        NaiveMLP(base, adapter, tanh_scale)
+        NaiveMLP(base, adapter, weights.penalty_scale)
         for base, adapter in zip(replacement.pair.base_mlps, replacement.adapters, strict=True)
     ]
     want, want_grads = naive(reference_target, adapted, batch, cutoff, weights)
@@ -231,6 +230,7 @@ def test_the_tanh_penalty_equals_the_naive_one(
     target = copy.deepcopy(pair.target)
     replacement = make_replacement(pair, ACTIVATIONS[activation])
     config = ObjectiveConfig(sparsity=0.03, penalty="tanh", penalty_scale=scale)
+    assert config.penalty_scale == (4.0 if scale is None else scale)
     for cutoff in (0, 2):
         check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
     other = replace(config, penalty="l1", penalty_scale=None)
