@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import executed
 import pytest
 import torch
-import triton
-import triton.language as tl
+from device_code import copy_of
 from hypothesis import HealthCheck, Phase, given, settings
 from random_cases import cases
 from torch import Tensor
@@ -317,28 +318,29 @@ def test_tanh(
     compare(leaves, plan, **arguments, **tanh(0.7))
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        pytest.param(DENSE, id="finish_gradient and sum_columns"),
-        pytest.param(SPARSE, id="sampled_product and sum_by_feature"),
-    ],
-)
+#: By kernel that multiplies by the penalty's slope: module, and the text without the slope.
+SLOPES: dict[str, tuple[ModuleType, str]] = {
+    "sampled_product": (triton_sums, "cost = cost * penalty_slope(value * norm, SCALE)"),
+    "sum_by_feature": (triton_sums, "scale = scale * penalty_slope(scale * norm, SCALE)"),
+    "finish_gradient": (
+        triton_dense,
+        "cost = cost * penalty_slope(a.to(tl.float32) * norm, SCALE)",
+    ),
+    "sum_columns": (triton_dense, "value = value * penalty_slope(value * norm[None, :], SCALE)"),
+}
+
+
+@pytest.mark.parametrize("kernel", SLOPES)
 def test_a_kernel_without_the_slope_is_noticed(
-    plan: CodeLayout, monkeypatch: pytest.MonkeyPatch
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if executed.STAGE is not None or TRITON_DEVICE == "cuda":
-        pytest.skip("replaces a function that compiled kernels hold")
+    module, text = SLOPES[kernel]
+    name = text.partition(" ")[0]
+    copy = copy_of(module, text, f"{name} = {name} * SCALE", tmp_path)
+    monkeypatch.setattr(module, kernel, getattr(copy, kernel))
     leaves = inputs(T=4, D=8, E=9, F=20)
-    for module in (triton_dense, triton_sums):
-        monkeypatch.setattr(module, "penalty_slope", constant_slope)
-    with pytest.raises(AssertionError, match=r"gradient of (x|W_enc|b_enc|W_dec)"):
-        compare(leaves, plan, **tanh(0.7))
-
-
-@triton.jit
-def constant_slope(u, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
-    return SCALE + 0.0 * u
+    with pytest.raises(AssertionError, match=r"gradient of (x|W_dec)"):
+        compare(leaves, DENSE if module is triton_dense else SPARSE, **tanh(0.7))
 
 
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
