@@ -15,9 +15,9 @@ from torch import Tensor
 
 #: Names for the argument ``penalty`` of :func:`fastadapt.kernels.transcoder.transcoder`.
 PENALTIES = ("l1", "tanh")
-# Rows of a dense a whose penalties are computed at once: few, so that they stay in the cache and
-# need no buffer of a's size.
-ROWS = 32
+# Entries of a dense a whose penalties are computed at once: few enough to stay in a cache and to
+# need no buffer of a's size, and many enough for calls of torch.
+ENTRIES = 2**18
 
 
 class Penalty(NamedTuple):
@@ -42,8 +42,8 @@ def slopes_(u: Tensor, tanh_scale: float) -> Tensor:
 
 def dense_costs(a_NF: Tensor, norm_F: Tensor, tanh_scale: float) -> Tensor:
     """Return each token's ``Σ_i tanh(c u_ti)`` [N], in the norms' dtype."""
-    cost_N = norm_F.new_empty(len(a_NF))
-    for a_nF, cost_n in zip(a_NF.split(ROWS), cost_N.split(ROWS), strict=True):
+    cost_N, n = norm_F.new_empty(len(a_NF)), _rows_at_once(norm_F)
+    for a_nF, cost_n in zip(a_NF.split(n), cost_N.split(n), strict=True):
         u_nF = a_nF.to(norm_F.dtype) * norm_F
         torch.sum(u_nF.mul_(tanh_scale).tanh_(), 1, out=cost_n)
     return cost_N
@@ -57,9 +57,9 @@ def dense_gradients(
     `c` is the gradient of the penalty.
     """
     cost_NF, spent_F = torch.empty_like(a_NF), torch.zeros_like(norm_F)
-    by_norm_F = c * norm_F
-    for start in range(0, len(a_NF), ROWS):
-        rows = slice(start, start + ROWS)
+    by_norm_F, n = c * norm_F, _rows_at_once(norm_F)
+    for start in range(0, len(a_NF), n):
+        rows = slice(start, start + n)
         a_nF = a_NF[rows].to(norm_F.dtype)
         slope_nF = slopes_(a_nF * norm_F, tanh_scale)
         if weight_N is not None:
@@ -67,3 +67,7 @@ def dense_gradients(
         spent_F += (slope_nF * a_nF).sum(0)
         cost_NF[rows] = slope_nF.mul_(by_norm_F)
     return cost_NF, spent_F
+
+
+def _rows_at_once(norm_F: Tensor) -> int:
+    return max(1, ENTRIES // max(1, len(norm_F)))

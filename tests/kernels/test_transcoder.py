@@ -491,11 +491,13 @@ def test_a_penalty_without_its_slope_is_noticed(
         torch.zeros_like(leaves["residual"]),
         torch.tensor(1.0),
     )
-    oracle = run(*args, dtype=torch.float64, implementation="reference")[1]
+    monkeypatch.setattr(penalties, "ENTRIES", 3 * 6)  # three tokens at once, and one at the end
+    (_, penalty, *_), oracle = run(*args, dtype=torch.float64, implementation="reference")
     for slope, equal in ((penalties.slopes_, True), (lambda u, scale: u.fill_(scale), False)):
         for module in (penalties, sparse):
             monkeypatch.setattr(module, "slopes_", slope)
-        gradients = run(*args, dtype=torch.float64, implementation="sparse", plan=plan)[1]
+        result, gradients = run(*args, dtype=torch.float64, implementation="sparse", plan=plan)
+        torch.testing.assert_close(result.penalty, penalty)
         for name in ("x", "W_enc", "b_enc", "W_dec"):
             assert torch.allclose(gradients[name], oracle[name], rtol=1e-9) == equal, name
 
