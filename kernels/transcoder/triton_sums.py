@@ -171,14 +171,16 @@ def sampled_product(
 
 @triton.jit
 def _sum_piece(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, norm,
-    columns, inside, table_stride, SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr,
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, feature,
+    start, end, columns, inside, table_stride, SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, start ≤ c < end in feature order.
 
     SCALE multiplies the terms of the second sum by ``φ'(scale_c norm)``.
     """
+    if SCALE is not None:
+        norm = tl.load(norms_ptr + feature)
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     weighed = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for c0 in tl.range(start, end, BLOCK_C):
@@ -225,12 +227,9 @@ def sum_further_pieces(
     end = tl.minimum(start + PIECE, tl.load(feature_offsets_ptr + low + 1))
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
-    norm = 0.0
-    if SCALE is not None:
-        norm = tl.load(norms_ptr + low)
     total, weighed = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, norm,
-        columns, inside, table_stride, SCALE, SKIP_ZEROS, HAS_WEIGHTS, BLOCK_C, BLOCK_E,
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, low,
+        start, end, columns, inside, table_stride, SCALE, SKIP_ZEROS, HAS_WEIGHTS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
     tl.store(pieces_ptr + piece.to(tl.int64) * E + columns, total, mask=inside)
     tl.store(piece_scalars_ptr + piece, weighed, mask=tl.program_id(1) == 0)
@@ -254,12 +253,9 @@ def sum_by_feature(
     inside = columns < E
     start = tl.load(feature_offsets_ptr + feature)
     end = tl.load(feature_offsets_ptr + feature + 1)
-    norm = 0.0
-    if SCALE is not None:
-        norm = tl.load(norms_ptr + feature)
     total, weighed = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start,
-        tl.minimum(end, start + PIECE), norm, columns, inside, table_stride, SCALE, SKIP_ZEROS,
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, feature,
+        start, tl.minimum(end, start + PIECE), columns, inside, table_stride, SCALE, SKIP_ZEROS,
         HAS_WEIGHTS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
     first = tl.load(piece_offsets_ptr + feature).to(tl.int64)
