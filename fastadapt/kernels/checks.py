@@ -197,8 +197,8 @@ def _transcoder(
     plan = options.pop("plan", None)
     options |= {"padding": padding, "implementation": implementation}
     scale = options.pop("tanh", None)
-    kind: dict[str, Any] = {} if scale is None else {"penalty": "tanh", "penalty_scale": scale}
-    out, penalty, *_ = transcoder(*tensors, **options, **kind, mask=weight, plan=plan)
+    full = options if scale is None else {**options, "penalty": "tanh", "penalty_scale": scale}
+    out, penalty, *_ = transcoder(*tensors, **full, mask=weight, plan=plan)
     with torch.no_grad():
         alone = transcode(*tensors, **options, dense=None if plan is None else plan.dense)
     return {"out": out, "penalty": penalty, "out alone": alone}

@@ -463,7 +463,7 @@ def test_tanh_saturates(implementation: str, plan: CodeLayout | None, dtype: tor
     """Strong features cost 1 and have no gradient; rows of norm 0 cost nothing and have none."""
     large = float(torch.finfo(dtype).max)
     W_dec = torch.tensor([[3.0, 4.0], [0.0, 0.0], [large**0.5 / 2, 0.0]], dtype=dtype)
-    leaves = {
+    leaves: dict[str, Any] = {
         "x": torch.tensor([[1.0], [2.0]], dtype=dtype),
         "W_enc": torch.full((3, 1), large / 16, dtype=dtype),
         "b_enc": torch.zeros(3, dtype=dtype),
