@@ -24,7 +24,7 @@ def penalty_of(u, SCALE: tl.constexpr):
         q = near * near
         above = tl.where(v < 0.5, near * (945.0 + q * (105.0 + q)), 1.0 - e)
         below = tl.where(v < 0.5, 945.0 + q * (420.0 + q * 15.0), 1.0 + e)
-        cost = tl.div_rn(above, below)
+        cost = above / below
     return cost
 
 
@@ -32,4 +32,4 @@ def penalty_of(u, SCALE: tl.constexpr):
 def penalty_slope(u, SCALE: tl.constexpr):
     """``φ'(u) = c / cosh²(c u)`` for u >= 0 in fp32; no cancellation where φ saturates."""
     e = tl.exp(-2.0 * SCALE * u)
-    return tl.div_rn(4.0 * SCALE * e, (1.0 + e) * (1.0 + e))
+    return 4.0 * SCALE * e / ((1.0 + e) * (1.0 + e))
