@@ -9,7 +9,7 @@ token. The losses (arXiv 2602.20904) are:
 - two bridges at a cutoff k: replacement blocks 1..k then target blocks (adapter→target), and
   target blocks 1..k then replacement blocks (target→adapter). Each is a KL to the target; neither
   is detached;
-- ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
+- ``L_1 = λ Σ_l mean_t Σ_i φ(a_i ‖W_dec,i‖)``, with φ the identity in the paper.
 
 The objective is defined per sequence and averaged over the sequences of a batch; a row of a packed
 batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE, L_1
@@ -37,10 +37,19 @@ from fastadapt.batch import Batch, Packing, mean_share, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.transcoder import CodeLayout, TranscoderStats, plan_for
+from fastadapt.kernels.transcoder import (
+    L1,
+    PENALTIES,
+    CodeLayout,
+    Penalty,
+    TranscoderStats,
+    plan_for,
+)
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES, recomputed
 from fastadapt.models.replacement import Mode, ReplacementModel
+
+TANH_SCALE = 4.0  # Anthropic's "Circuits Updates", January 2025
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class ObjectiveConfig:
     """Weights of the losses and settings of the traversal.
 
     Args:
-        sparsity: λ of the decoder-norm-weighted L1. With ``l0``, the value from which λ starts.
+        sparsity: λ of the sparsity penalty. With ``l0``, the value from which λ starts.
         sparsity_ramp: share of a run's steps over which λ rises in equal parts to ``sparsity``. It
             counts from the first step, beside the warm-up of the learning rate, and 0 is no ramp.
         l0: wanted number of active features per token, averaged over layers. A training run then
@@ -67,9 +76,13 @@ class ObjectiveConfig:
         logits_dtype: dtype to which logits are rounded before the softmax in float32. Null:
             float32, since near-equal distributions cancel in 16 bits. ``bfloat16``: as in the
             released code.
+        penalty: function of ``a_i ‖W_dec,i‖`` that the sparsity penalty sums: ``l1``, the product
+            itself, or ``tanh``, ``tanh(c a_i ‖W_dec,i‖)``, which hardly shrinks strong features.
+        penalty_scale: ``tanh`` only: c, > 0; 4 if not given. For weak features, ``tanh`` acts as
+            ``l1`` with a weight of ``c·sparsity``.
 
     Raises:
-        UserError: an impossible value.
+        UserError: an impossible value, or a setting that the penalty does not use.
     """
 
     sparsity: float = 1e-3
@@ -81,6 +94,8 @@ class ObjectiveConfig:
     checkpoint: str = "full"
     kl_chunk_tokens: int = 1024
     logits_dtype: str | None = None
+    penalty: str = "l1"
+    penalty_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "nmse", "bridge"):
@@ -104,6 +119,10 @@ class ObjectiveConfig:
                 f"objective.first_cutoff (the smallest cutoff of the bridges) must be 0 or 1, got "
                 f"{self.first_cutoff}"
             )
+        _check_penalty(self.penalty, self.penalty_scale)
+        if self.penalty == "tanh" and self.penalty_scale is None:
+            # config.yaml must record the number: the default may change between versions.
+            object.__setattr__(self, "penalty_scale", TANH_SCALE)
         if self.checkpoint not in (*POLICIES, "auto"):
             raise UserError(
                 f"objective.checkpoint must be auto or one of {', '.join(POLICIES)}, "
@@ -131,7 +150,7 @@ class AdapterCall(NamedTuple):
     """Call of one layer's adapter in :func:`objective`.
 
     Attributes:
-        penalty: decoder-norm-weighted L1 of the call, 0-d.
+        penalty: sparsity penalty of the call without λ, 0-d.
         stats: counts over the tokens of the replacement stream.
         plan: layout of the codes; None if the op read their number itself.
         n_streams: streams in the call, 1 or 2.
@@ -157,6 +176,18 @@ class ObjectiveOutput(NamedTuple):
     calls: list[AdapterCall]
 
 
+def _check_penalty(penalty: str, scale: float | None) -> None:
+    if penalty not in PENALTIES:
+        raise UserError(f"objective.penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    if scale is not None and penalty != "tanh":
+        raise UserError(
+            f"objective.penalty_scale is not used with penalty={penalty!r}, got {scale}; "
+            "omit objective.penalty_scale"
+        )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise UserError(f"objective.penalty_scale must be a positive, finite number, got {scale}")
+
+
 def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) -> int:
     """Draw the bridge's cutoff of an optimiser step, uniform on ``first_cutoff..L``.
 
@@ -180,8 +211,11 @@ def _run_block(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
     plan: CodeLayout | None = None,
+    penalty: Penalty = L1,
 ) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
-    out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan)
+    out, aux = model.block(
+        layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan, penalty=penalty
+    )
     return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
 
 
@@ -257,6 +291,7 @@ def _traverse(
     zero = tokens_BT.new_zeros(())
     nmse_sum, token_sum = zero, zero  # both models have the same embeddings: that term is 0
     calls: list[AdapterCall] = []
+    phi = Penalty(config.penalty, config.penalty_scale)
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
         if forked and layer == cutoff:
@@ -269,7 +304,7 @@ def _traverse(
             h, _ = model.block(layer, h, single.arguments[layer], "target")
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
-        run = partial(run, mask=mask, padding=pad, plan=plan)
+        run = partial(run, mask=mask, padding=pad, plan=plan, penalty=phi)
         modules = model.saving_modules(layer, "replacement")
         h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, modules=modules)
         if penalty is not None and counts is not None:

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,9 +49,9 @@ class NaiveMLP(nn.Module):
     b_dec: Tensor
     threshold: Tensor
 
-    def __init__(self, base: nn.Module, adapter: Any) -> None:
+    def __init__(self, base: nn.Module, adapter: Any, tanh_scale: float | None = None) -> None:
         super().__init__()
-        self.base, self.config = base, adapter.config
+        self.base, self.config, self.tanh_scale = base, adapter.config, tanh_scale
         for name, p in adapter.named_parameters():
             self.register_parameter(name, nn.Parameter(p.detach().clone()))
 
@@ -71,7 +72,10 @@ class NaiveMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.activate(x[0] @ self.W_enc.T + self.b_enc)
-        self.penalty = (a * self.W_dec.norm(dim=1)).sum() / len(a)
+        costs = a * self.W_dec.norm(dim=1)
+        if self.tanh_scale is not None:
+            costs = (self.tanh_scale * costs).tanh()
+        self.penalty = costs.sum() / len(a)
         self.active = (a > 0).sum().double() / len(a)
         return self.base(x) + (a @ self.W_dec + self.b_dec)[None]
 
@@ -175,12 +179,15 @@ def check(
     config: ObjectiveConfig,
     batch: Batch,
     tolerance: float,
+    naive_config: ObjectiveConfig | None = None,
 ) -> None:
+    """Compare all losses and gradients with the naive ones, by default of the same settings."""
+    weights = naive_config or config
     adapted = [
-        NaiveMLP(base, adapter)
+        NaiveMLP(base, adapter, weights.penalty_scale)
         for base, adapter in zip(replacement.pair.base_mlps, replacement.adapters, strict=True)
     ]
-    want, want_grads = naive(reference_target, adapted, batch, cutoff, config)
+    want, want_grads = naive(reference_target, adapted, batch, cutoff, weights)
     replacement.zero_grad()
     got = objective(replacement, batch, cutoff, config)
     got.loss.backward()
@@ -212,6 +219,42 @@ def test_every_loss_and_gradient_equals_the_naive_ones(
     config = ObjectiveConfig(sparsity=0.03, nmse=0.7, bridge=1.3, kl_chunk_tokens=5)
     for cutoff in range(LAYERS + 1):
         check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_tanh_penalty_equals_the_naive_one(
+    activation: str, scale: float | None, make_pair: Callable[..., Any], float64_clean: None
+) -> None:
+    pair = make_pair("qwen2", dtype="float64")
+    target = copy.deepcopy(pair.target)
+    replacement = make_replacement(pair, ACTIVATIONS[activation])
+    config = ObjectiveConfig(sparsity=0.03, penalty="tanh", penalty_scale=scale)
+    assert config.penalty_scale == (4.0 if scale is None else scale)
+    for cutoff in (0, 2):
+        check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
+    other = replace(config, penalty="l1", penalty_scale=None)
+    with pytest.raises(AssertionError, match="sparsity at cutoff 0: relative error"):
+        check(replacement, target, 0, config, ragged_batch(0), 1e-10, naive_config=other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty": "l0"}, r"objective\.penalty must be one of l1, tanh, got 'l0'"),
+        (
+            {"penalty_scale": 4.0},
+            r"objective\.penalty_scale is not used with penalty='l1', got 4\.0; omit",
+        ),
+        (
+            {"penalty": "tanh", "penalty_scale": 0.0},
+            r"objective\.penalty_scale must be a positive, finite number, got 0\.0",
+        ),
+    ],
+)
+def test_penalties_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ObjectiveConfig(**settings)
 
 
 def without_mask(batch: Batch, width: int) -> Batch:

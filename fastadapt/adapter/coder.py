@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import CodeLayout, TranscoderStats, transcode, transcoder
+from fastadapt.kernels.transcoder import (
+    L1,
+    CodeLayout,
+    Penalty,
+    TranscoderStats,
+    transcode,
+    transcoder,
+)
 from fastadapt.kernels.transcoder.reference import SparseCodes, accumulator, activate, row_shape
 
 if TYPE_CHECKING:
@@ -24,7 +31,7 @@ class Aux(NamedTuple):
     """Second result of a call; see :func:`fastadapt.kernels.transcoder.transcoder`.
 
     Attributes:
-        penalty: 0-d, the decoder-norm-weighted L1 of the activations.
+        penalty: 0-d, the sparsity penalty of the activations; L1 if the call names no other.
         stats: counts over the tokens.
         codes: the sparse activations, if requested.
     """
@@ -138,19 +145,22 @@ class SparseCoder(nn.Module):
         padding: Tensor | None,
         plan: CodeLayout | None,
         return_codes: bool,
+        penalty: Penalty = L1,
     ) -> tuple[Tensor, Aux]:
         """Return ``residual + W_decᵀ a + b_dec`` with the penalty and the counts."""
-        out, penalty, stats, codes = transcoder(
+        out, cost, stats, codes = transcoder(
             self._encoder_input(x),
             *self._weights(),
             residual=residual,
             mask=mask,
             padding=padding,
+            penalty=penalty.kind,
+            penalty_scale=penalty.scale,
             plan=plan,
             return_codes=return_codes,
             **self._kernel(),
         )
-        return out, Aux(penalty, stats, codes)
+        return out, Aux(cost, stats, codes)
 
     def _run_alone(
         self, x: Tensor, residual: Tensor | None, padding: Tensor | None, dense: bool | None

@@ -20,7 +20,7 @@ from fastadapt.adapter.coder import Aux, SparseCoder
 from fastadapt.adapter.hooks import MLP_HOOKS
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import ACTIVATIONS, IMPLEMENTATIONS, CodeLayout
+from fastadapt.kernels.transcoder import ACTIVATIONS, IMPLEMENTATIONS, L1, CodeLayout, Penalty
 
 N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
@@ -202,6 +202,7 @@ class TranscoderAdapter(SparseCoder):
         padding: Tensor | None = None,
         plan: CodeLayout | None = None,
         return_codes: bool = False,
+        penalty: Penalty = L1,
     ) -> tuple[Tensor, Aux]:
         """Return ``residual + A(x)`` for every token, with the penalty and the counts.
 
@@ -215,11 +216,12 @@ class TranscoderAdapter(SparseCoder):
             plan: layout of the codes (:class:`fastadapt.kernels.transcoder.CodeLayout`). If not
                 given, the kernel reads the number of codes, which waits for the device.
             return_codes: also return the sparse activations, as ``Aux.codes``.
+            penalty: function of the activations that ``Aux.penalty`` sums.
 
         Returns:
             ``out [..., d_out]`` in x's dtype, and :class:`Aux`.
         """
-        return self._run(x, residual, mask, padding, plan, return_codes)
+        return self._run(x, residual, mask, padding, plan, return_codes, penalty)
 
     def transcode(
         self, x: Tensor, residual: Tensor | None = None, dense: bool | None = None

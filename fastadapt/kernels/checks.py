@@ -40,12 +40,13 @@ class Sizes(NamedTuple):
 #: tokens, and the sum over tokens of a feature that is always active has several parts.
 SIZES = {"cuda": Sizes(2, 300, 32, 64)}
 FEW = Sizes(2, 13, 32, 64)  # on other devices, since Triton's interpreter is slow
-#: Arguments of the activations.
+#: Arguments of the activations, and of a ReLU whose penalty is tanh.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {},
     "topk": {"k": 3},
     "batch_topk": {"k": 2.5},
     "jumprelu": {"bandwidth": 0.5},
+    "tanh penalty": {"activation": "relu", "tanh": 0.5},
 }
 #: Inputs without a gradient.
 CONSTANTS = ("teacher", "target", "weight", "cos", "sin")
@@ -153,7 +154,7 @@ def _cases(device_type: str, sizes: Sizes) -> Iterator[Case]:
     planned = tuple(name for name, runs in on_codes if runs)
     for activation, options in ACTIVATIONS.items():
         inputs = adapter | theta if activation == "jumprelu" else adapter
-        run = partial(_transcoder, activation=activation, **options)
+        run = partial(_transcoder, **{"activation": activation, **options})
         yield Case("transcoder", activation, run, inputs, ("reference",))
         for name, plan in PLANS.items():
             with_plan = partial(run, plan=plan)
@@ -195,7 +196,9 @@ def _transcoder(
     tensors = x, W_enc, b_enc, W_dec, b_dec
     plan = options.pop("plan", None)
     options |= {"padding": padding, "implementation": implementation}
-    out, penalty, *_ = transcoder(*tensors, **options, mask=weight, plan=plan)
+    scale = options.pop("tanh", None)
+    full = options if scale is None else {**options, "penalty": "tanh", "penalty_scale": scale}
+    out, penalty, *_ = transcoder(*tensors, **full, mask=weight, plan=plan)
     with torch.no_grad():
         alone = transcode(*tensors, **options, dense=None if plan is None else plan.dense)
     return {"out": out, "penalty": penalty, "out alone": alone}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout
+from fastadapt.kernels.transcoder import L1, SMALL_ENTRIES, CodeLayout, Penalty
 
 Mode = Literal["target", "hybrid", "replacement"]
 MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
@@ -30,6 +30,7 @@ class Call:
     padding: Tensor | None
     plan: CodeLayout | None
     return_codes: bool = False
+    penalty: Penalty = L1
     aux: Aux | None = None
 
 
@@ -89,6 +90,7 @@ class AdaptedMLP(nn.Module):
             padding=call.padding,
             plan=call.plan,
             return_codes=call.return_codes,
+            penalty=call.penalty,
         )
         return out + self.base(x) if self.adapter.config.base_mlp else out
 

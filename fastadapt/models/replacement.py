@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import CodeLayout, SparseCodes
+from fastadapt.kernels.transcoder import L1, CodeLayout, Penalty, SparseCodes
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     Baseline,
@@ -250,6 +250,7 @@ class ReplacementModel(nn.Module):
         padding: Tensor | None = None,
         plan: CodeLayout | None = None,
         return_codes: bool = False,
+        penalty: Penalty = L1,
     ) -> tuple[Tensor, Aux | None]:
         """Run block ``layer`` (0-based) in the given mode on hidden states ``[B, T, D]``.
 
@@ -261,14 +262,15 @@ class ReplacementModel(nn.Module):
             hidden: hidden states ``[B, T, D]``.
             arguments: the block's keyword arguments, from :meth:`block_inputs`.
             mode: the mode of the block's MLP.
-            mask, padding, plan, return_codes: arguments of :meth:`TranscoderAdapter.forward`.
+            mask, padding, plan, return_codes, penalty: arguments of
+                :meth:`TranscoderAdapter.forward`.
 
         Returns:
             The new hidden states ``[B, T, D]`` and the adapter's aux, which is None for baselines
             and for modes other than ``replacement``.
         """
         block = self.blocks[layer]
-        call = Call(mask, padding, plan, return_codes)
+        call = Call(mask, padding, plan, return_codes, penalty)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.call_context(mode, call):
             out: Tensor = block(hidden, **arguments)

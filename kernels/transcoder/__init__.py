@@ -22,6 +22,7 @@ from fastadapt.kernels import device as devices
 from . import autograd
 from .autograd import SAVED_OPS, encode_and_decode, should_save
 from .codes import SMALL_ENTRIES, CodeLayout, plan_for
+from .penalty import L1, PENALTIES, Penalty
 from .reference import (
     SparseCodes,
     TranscoderOutput,
@@ -35,9 +36,12 @@ from .reference import (
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "L1",
+    "PENALTIES",
     "SAVED_OPS",
     "SMALL_ENTRIES",
     "CodeLayout",
+    "Penalty",
     "SparseCodes",
     "TranscoderOutput",
     "TranscoderStats",
@@ -67,13 +71,16 @@ def transcoder(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
+    penalty: str = "l1",
+    penalty_scale: float | None = None,
     plan: CodeLayout | None = None,
     implementation: str = "auto",
     return_codes: bool = False,
 ) -> TranscoderOutput:
     """Compute ``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
 
-    Formulas: arXiv 2602.20904 (adapter and penalty), arXiv 2407.14435 (jumprelu). An entry of a is
+    Formulas: arXiv 2602.20904 (adapter and penalty), arXiv 2407.14435 (jumprelu), Anthropic's
+    "Circuits Updates", January 2025 (tanh penalty). An entry of a is
     a code where ``a > 0``. All floating arguments except `mask` and `threshold` have x's dtype.
     Autocast casts them to its dtype, except for float64. Sums accumulate in fp32 (float64 for
     float64 x).
@@ -104,6 +111,12 @@ def transcoder(
             count tokens of non-zero weight. None is weight 1. Not differentiable.
         padding: bool, x's leading shape, True on padding. Padding tokens have no codes (``out =
             residual + b_dec``), no rank and no weight, for any value of x. None is no padding.
+        penalty: function φ of ``u = a_ti ‖W_dec,i‖₂``:
+
+            - ``"l1"``: ``φ(u) = u``.
+            - ``"tanh"``: ``φ(u) = tanh(c u)`` with c = `penalty_scale`. Near 0 it is ``c u``; a
+              strong feature costs at most 1, and its gradient vanishes.
+        penalty_scale: c > 0, in 1 / (the unit of out) (tanh), else None.
         plan: layout of the codes (:func:`plan_for`). Without a plan, the op reads the number of
             codes, which synchronises with a GPU once. Results are exact in both cases, unless
             there are more codes than ``plan.capacity``. A CPU then raises. A GPU cannot raise
@@ -117,7 +130,7 @@ def transcoder(
 
     Returns:
         ``out`` with the shape of `residual`; ``penalty``, 0-d in fp32 or float64:
-        ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``, a sum whose gradient includes the norm's and is 0 at a
+        ``Σ_t w_t Σ_i φ(a_ti ‖W_dec,i‖₂)``, a sum whose gradient includes the norm's and is 0 at a
         zero row; ``stats``; ``codes``: the active entries as :class:`SparseCodes` without gradient,
         or None.
 
@@ -138,6 +151,7 @@ def transcoder(
     """
     _validate(x, W_enc, b_enc, W_dec, b_dec, residual, mask, padding)
     _validate_activation(activation, k, threshold, bandwidth, W_enc)
+    _validate_penalty(penalty, penalty_scale)
 
     autocast = _autocasts(x)
     if autocast:
@@ -165,6 +179,7 @@ def transcoder(
             residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
             weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
             padding_ST=None if padding is None else padding.reshape(rows),
+            tanh_scale=None if penalty_scale is None else float(penalty_scale),
             return_codes=return_codes,
             **({} if chosen == "reference" else extra),
         )
@@ -358,6 +373,18 @@ def _validate_activation(
         _expect(threshold.is_floating_point(), "threshold", "floating", threshold.dtype)
         device = W_enc.device
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
+
+
+def _validate_penalty(penalty: str, penalty_scale: float | None) -> None:
+    """Check the name, and that exactly tanh has a scale."""
+    _expect(penalty in PENALTIES, "penalty", f"one of {PENALTIES}", repr(penalty))
+    if penalty == "l1":
+        _expect(penalty_scale is None, "penalty_scale", "None with l1", penalty_scale)
+        return
+    _expect(penalty_scale is not None, "penalty_scale", f"given for {penalty}", None)
+    assert penalty_scale is not None
+    ok = 0 < penalty_scale < float("inf")
+    _expect(ok, "penalty_scale", "positive and finite", penalty_scale)
 
 
 def resolve_implementation(

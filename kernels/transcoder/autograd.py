@@ -44,12 +44,12 @@ define(
 define(
     "fastadapt::decode",
     f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? norm, Tensor? weight, "
-    "str implementation) -> (Tensor, Tensor)",
+    "float? tanh_scale, str implementation) -> (Tensor, Tensor)",
 )
 define(
     "fastadapt::decode_backward",
     f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor norm, Tensor? weight, "
-    "bool need_values, bool need_W, str implementation) -> (Tensor, Tensor)",
+    "float? tanh_scale, bool need_values, bool need_W, str implementation) -> (Tensor, Tensor)",
 )
 define("fastadapt::norms", "(Tensor W_dec) -> Tensor")
 define(
@@ -99,6 +99,7 @@ def encode_and_decode(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
+    tanh_scale: float | None,
     return_codes: bool,
     plan: CodeLayout | None,
     implementation: str,
@@ -129,7 +130,7 @@ def encode_and_decode(
     # Gradients need all norms. Without gradients, `decode` computes those of few tokens' codes.
     norm = ops.norms(W_dec_FE) if ordered or x_STD.shape[:-1].numel() > SMALL else None
     out_NE, penalty = ops.decode(
-        *codes, W_dec_FE, b_dec_E, residual_NE, norm, weight_N, implementation
+        *codes, W_dec_FE, b_dec_E, residual_NE, norm, weight_N, tanh_scale, implementation
     )
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     min_active = nnf.threshold(min_active, -0.5, torch.nan)  # -1: no active value
@@ -308,7 +309,7 @@ def _fake_decode(*args: Any) -> tuple[Tensor, Tensor]:
 def _fake_decode_backward(
     g: Tensor | None, c: Tensor | None, values: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    W_dec, _, _, need_values, need_W, _ = args[N_CODES - 1 :]
+    W_dec, _, _, _, need_values, need_W, _ = args[N_CODES - 1 :]
     return (
         values.new_empty(values.shape if need_values else 0),
         W_dec.new_empty(W_dec.shape if need_W else 0),
@@ -348,7 +349,7 @@ def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor
 
 
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *codes_and_W_dec, _, _, norm, weight, ctx.implementation = inputs
+    *codes_and_W_dec, _, _, norm, weight, ctx.tanh_scale, ctx.implementation = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*codes_and_W_dec, norm, weight)
 
@@ -362,18 +363,15 @@ def _differentiate_decode(
     if (need_values or need_W) and not (g is None and c is None):
         *inputs, norm, weight = ctx.saved_tensors
         norm = ops.norms(inputs[-1]) if norm is None else norm
-        da, dW = ops.decode_backward(
-            g, c, *inputs, norm, weight, need_values, need_W, ctx.implementation
-        )
+        settings = ctx.tanh_scale, need_values, need_W, ctx.implementation
+        da, dW = ops.decode_backward(g, c, *inputs, norm, weight, *settings)
     return (
         da if need_values else None,
         *[None] * (N_CODES - 1),
         dW if need_W else None,
         g.sum(0) if need_b and g is not None else None,
         g if need_residual else None,
-        None,
-        None,
-        None,
+        *[None] * 4,
     )
 
 

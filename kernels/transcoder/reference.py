@@ -1,7 +1,7 @@
 """Reference of the transcoder op: dense PyTorch that follows the formulas.
 
     z = W_enc x + b_enc        a = activation(z)        out = residual + W_decᵀ a + b_dec
-    penalty = Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂
+    penalty = Σ_t w_t Σ_i φ(a_ti ‖W_dec,i‖₂)
 
 Any device and any floating dtype; float64 for the oracles of tests. Autograd computes the
 gradients, except θ's.
@@ -60,7 +60,7 @@ class TranscoderOutput(NamedTuple):
     """Result of :func:`fastadapt.kernels.transcoder.transcoder`."""
 
     out: Tensor  #: x's dtype, [..., d_out].
-    penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens.
+    penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens and features.
     stats: TranscoderStats  #: numbers of active entries, by feature and in total.
     codes: SparseCodes | None = None  #: with ``return_codes``.
 
@@ -189,6 +189,7 @@ def reference(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
+    tanh_scale: float | None,
     return_codes: bool,
 ) -> TranscoderOutput:
     """Compute the transcoder on validated arguments, documented at the public function."""
@@ -203,7 +204,10 @@ def reference(
         out_STE = residual_STE + out_STE
 
     norm_F = torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=acc)
-    penalty_ST = a_STF.to(acc) @ norm_F
+    if tanh_scale is None:
+        penalty_ST = a_STF.to(acc) @ norm_F
+    else:
+        penalty_ST = (tanh_scale * a_STF.to(acc) * norm_F).tanh().sum(-1)
     counted_ST = torch.ones_like(penalty_ST, dtype=torch.bool)
     if weight_ST is not None:
         penalty_ST = penalty_ST * weight_ST

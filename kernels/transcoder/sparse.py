@@ -24,6 +24,7 @@ from .codes import (
     prefers_dense,
     sparse_codes,
 )
+from .penalty import dense_costs, dense_gradients, slopes_
 from .products import decode_dense, gather_sum, norms, sampled_product, segment_sum, segments
 from .reference import TranscoderStats, accumulator
 
@@ -147,16 +148,22 @@ def decode(
     residual_NE: Tensor | None,
     norm_F: Tensor | None,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``out = residual + W_decᵀ a + b_dec`` (on codes rounded once) and the penalty."""
     norm_F = norms(W_dec_FE) if norm_F is None else norm_F
     if codes.dense:
         a_NF = codes.values.view(-1, W_dec_FE.shape[0])
-        penalty_N = a_NF.to(norm_F.dtype) @ norm_F
+        if tanh_scale is None:
+            penalty_N = a_NF.to(norm_F.dtype) @ norm_F
+        else:
+            penalty_N = dense_costs(a_NF, norm_F, tanh_scale)
         penalty = penalty_N.sum() if weight_N is None else penalty_N @ weight_N
         return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE), penalty
     live = codes.live()
     cost_C = live.values.to(norm_F.dtype) * norm_F[live.features]
+    if tanh_scale is not None:
+        cost_C.mul_(tanh_scale).tanh_()
     if weight_N is not None:
         cost_C *= weight_N[segments(live.row_offsets)]
     return _decode_sparse(live, W_dec_FE, b_dec_E, residual_NE), cost_C.sum()
@@ -212,43 +219,58 @@ def decode_backward(
     W_dec_FE: Tensor,
     norm_F: Tensor,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
     need_values: bool,
     need_W: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return gradients of the codes and of W_dec from those of out (`g`) and penalty (`c`).
 
-    ``da_ti = g_t·W_dec,i + c w_t ‖W_dec,i‖`` and
-    ``dW_dec,i = Σ_t a_ti g_t + c Σ_t w_t a_ti W_dec,i/‖W_dec,i‖`` (0 at a zero row).
+    ``da_ti = g_t·W_dec,i + c w_t φ'(u_ti) ‖W_dec,i‖`` and
+    ``dW_dec,i = Σ_t a_ti g_t + c Σ_t w_t φ'(u_ti) a_ti W_dec,i/‖W_dec,i‖`` (0 at a zero row), with
+    ``u_ti = a_ti ‖W_dec,i‖`` and ``φ' = 1`` for L1.
     In the dense layout, `da` is 0 at inactive entries. Unneeded gradients are empty.
     """
     F, E = W_dec_FE.shape
     da = dW = W_dec_FE.new_empty(0)
-    spent_F = norm_F.new_zeros(F)  # Σ_t w_t a_ti
+    spent_F = norm_F.new_zeros(F)  # Σ_t w_t φ'(u_ti) a_ti
     if codes.dense:
         a_NF = codes.values.view(-1, F)
+        cost_NF = None
+        if c is not None and tanh_scale is not None:
+            cost_NF, spent_F = dense_gradients(c, a_NF, norm_F, weight_N, tanh_scale)
         if need_values:
-            da = _dense_da(g_NE, c, a_NF, W_dec_FE, norm_F, weight_N)
+            if cost_NF is None:
+                da = _dense_da(g_NE, c, a_NF, W_dec_FE, norm_F, weight_N)
+            else:
+                da = cost_NF if g_NE is None else cost_NF.addmm_(g_NE, W_dec_FE.T)
             if codes.window.numel() == 0:
                 torch.ops.aten.threshold_backward.grad_input(da, a_NF, 0, grad_input=da)
             da = da.flatten()
         if need_W:
             dW = a_NF.new_zeros(F, E) if g_NE is None else a_NF.T @ g_NE
-            ones_N = norm_F.new_ones(len(a_NF)) if weight_N is None else weight_N
-            spent_F = spent_F if c is None else a_NF.to(norm_F.dtype).T @ ones_N
+            if c is not None and tanh_scale is None:
+                ones_N = norm_F.new_ones(len(a_NF)) if weight_N is None else weight_N
+                spent_F = a_NF.to(norm_F.dtype).T @ ones_N
     else:
         live = codes.live()
         rows_C, by = segments(live.row_offsets), live.order
         g_NE = norm_F.new_zeros(len(codes.row_offsets) - 1, E) if g_NE is None else g_NE
+        slope_C = None
+        if c is not None and tanh_scale is not None:
+            u_C = live.values.to(norm_F.dtype) * norm_F[live.features]
+            slope_C = slopes_(u_C, tanh_scale)
         if need_values:
             da = sampled_product(g_NE, W_dec_FE, rows_C, live.features, live.row_offsets)
             if c is not None:
                 cost_C = c * norm_F[live.features]
+                cost_C = cost_C if slope_C is None else cost_C * slope_C
                 da += cost_C if weight_N is None else cost_C * weight_N[rows_C]
             da = pad(da.to(codes.values.dtype), codes.values)
         if need_W:
             dW = gather_sum(g_NE, live.tokens, live.feature_offsets, live.values[by])
             if c is not None:
                 weighed_C = live.values.to(norm_F.dtype)
+                weighed_C = weighed_C if slope_C is None else weighed_C * slope_C
                 weighed_C = weighed_C if weight_N is None else weighed_C * weight_N[rows_C]
                 spent_F = segment_sum(weighed_C[by], live.feature_offsets)
     if need_W and c is not None:

@@ -68,6 +68,7 @@ def decode_backward(
     W_dec_FE: Tensor,
     norm_F: Tensor,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
     need_values: bool,
     need_W: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -78,21 +79,23 @@ def decode_backward(
     if codes.dense:
         a_NF = codes.values.view(N, F)
         if need_values:
-            da = _dense_gradient(g_NE, c, codes, W_dec_FE, norm_F, weight_N).flatten()
+            da = _dense_gradient(g_NE, c, codes, W_dec_FE, norm_F, weight_N, tanh_scale).flatten()
         if need_W:
             dW = W_dec_FE.new_zeros(F, W_dec_FE.shape[1]) if g_NE is None else a_NF.T @ g_NE
             if c is not None:
-                spent_F = triton_dense.column_sums(a_NF, weight_N=weight_N)
+                spent_F = triton_dense.column_sums(
+                    a_NF, weight_N=weight_N, norm_F=norm_F, tanh_scale=tanh_scale
+                )
                 scale_F = torch.where(norm_F > 0, c * spent_F / norm_F, 0)
                 dW.addcmul_(W_dec_FE, scale_F.to(dW.dtype)[:, None])
         return da, dW
     if need_values:
-        da = triton_sums.code_gradients(g_NE, c, codes, W_dec_FE, norm_F, weight_N)
+        da = triton_sums.code_gradients(g_NE, c, codes, W_dec_FE, norm_F, weight_N, tanh_scale)
     if need_W:
         table = W_dec_FE.new_zeros(1, W_dec_FE.shape[1]).expand(N, -1) if g_NE is None else g_NE
         penalty, spent_weight_N = None, None
         if c is not None:
-            penalty, spent_weight_N = (c, norm_F, W_dec_FE), weight_N
+            penalty, spent_weight_N = (c, norm_F, W_dec_FE, tanh_scale), weight_N
         dW, _ = triton_sums.feature_sums(
             codes.values, codes, table, weight_N=spent_weight_N, penalty=penalty
         )
@@ -106,10 +109,13 @@ def _dense_gradient(
     W_dec_FE: Tensor,
     norm_F: Tensor,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
 ) -> Tensor:
-    """Return ``g_t · W_dec,i + c w_t ‖W_dec,i‖`` at the codes, 0 elsewhere."""
+    """Return ``g_t · W_dec,i + c w_t φ'(u_ti) ‖W_dec,i‖`` at the codes, 0 elsewhere."""
     a_NF = codes.values.view(-1, W_dec_FE.shape[0])
     da_NF = torch.empty_like(a_NF) if g_NE is None else g_NE @ W_dec_FE.T
     window = codes.window.view_as(a_NF) if codes.window.numel() else None
-    triton_dense.finish_gradient_(da_NF, a_NF, window, norm_F, c, weight_N, has_g=g_NE is not None)
+    triton_dense.finish_gradient_(
+        da_NF, a_NF, window, norm_F, c, weight_N, tanh_scale, has_g=g_NE is not None
+    )
     return da_NF

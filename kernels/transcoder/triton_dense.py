@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_penalty import penalty_of, penalty_slope
+
 ROWS: dict[str, Any] = {"BLOCK_F": 2048, "num_warps": 4}
 COLUMNS: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_F": 128, "num_warps": 4}
 #: Tokens per program that sums columns.
@@ -24,16 +26,16 @@ COLUMN_TOKENS = 256
 
 
 @triton.jit
-def cost_of_rows(a_ptr, norms_ptr, weights_ptr, costs_ptr, F, HAS_WEIGHTS: tl.constexpr,
-                 BLOCK_F: tl.constexpr):  # fmt: skip
-    """Write ``w_t Σ_i a_ti norm_i``."""
+def cost_of_rows(a_ptr, norms_ptr, weights_ptr, costs_ptr, F, SCALE: tl.constexpr,
+                 HAS_WEIGHTS: tl.constexpr, BLOCK_F: tl.constexpr):  # fmt: skip
+    """Write ``w_t Σ_i φ(a_ti norm_i)``."""
     row = tl.program_id(0).to(tl.int64)
     cost = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for f0 in tl.range(0, F, BLOCK_F):
         features = f0 + tl.arange(0, BLOCK_F)
         a = tl.load(a_ptr + row * F + features, mask=features < F, other=0.0)
         norm = tl.load(norms_ptr + features, mask=features < F, other=0.0)
-        cost += a.to(tl.float32) * norm
+        cost += penalty_of(a.to(tl.float32) * norm, SCALE)
     spent = tl.sum(cost, axis=0)
     if HAS_WEIGHTS:
         spent = spent * tl.load(weights_ptr + row)
@@ -42,23 +44,28 @@ def cost_of_rows(a_ptr, norms_ptr, weights_ptr, costs_ptr, F, HAS_WEIGHTS: tl.co
 
 @triton.jit
 def finish_gradient(
-    da_ptr, a_ptr, window_ptr, norms_ptr, c_ptr, weights_ptr, F, HAS_G: tl.constexpr,
-    HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    da_ptr, a_ptr, window_ptr, norms_ptr, c_ptr, weights_ptr, F, SCALE: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Replace da by ``da + c w_t norm_i`` at codes and by 0 elsewhere."""
+    """Replace da by ``da + c w_t φ'(a_ti norm_i) norm_i`` at codes and by 0 elsewhere."""
     row = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = features < F
     place = row * F + features
-    keep = tl.load(a_ptr + place, mask=inside, other=0.0) != 0
+    a = tl.load(a_ptr + place, mask=inside, other=0.0)
+    keep = a != 0
     if HAS_WINDOW:
         keep = keep | (tl.load(window_ptr + place, mask=inside, other=0) != 0)
     da = tl.zeros((BLOCK_F,), dtype=tl.float32)
     if HAS_G:
         da += tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_C:
-        cost = tl.load(c_ptr) * tl.load(norms_ptr + features, mask=inside, other=0.0)
+        c = tl.load(c_ptr)
+        norm = tl.load(norms_ptr + features, mask=inside, other=0.0)
+        cost = c * norm
+        if SCALE is not None:
+            cost = cost * penalty_slope(a.to(tl.float32) * norm, SCALE)
         if HAS_WEIGHTS:
             cost = cost * tl.load(weights_ptr + row)
         da += cost
@@ -67,10 +74,14 @@ def finish_gradient(
 
 @triton.jit(do_not_specialize=["N"])
 def sum_columns(
-    values_ptr, weights_ptr, window_ptr, sums_ptr, N, F, TOKENS, HAS_WEIGHTS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    values_ptr, weights_ptr, window_ptr, norms_ptr, sums_ptr, N, F, TOKENS, SCALE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Write ``Σ_t w_t value_ti`` over TOKENS tokens; a window restricts the sum to its entries."""
+    """Write ``Σ_t w_t value_ti`` over TOKENS tokens; a window restricts the sum to its entries.
+
+    SCALE multiplies each value by ``φ'(value_ti norm_i)``.
+    """
     features = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1).to(tl.int64)
     inside = (features < F)[None, :]
@@ -82,19 +93,31 @@ def sum_columns(
         if HAS_WINDOW:
             live = live & (tl.load(window_ptr + place, mask=live, other=0) != 0)
         value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
+        if SCALE is not None:
+            norm = tl.load(norms_ptr + features, mask=features < F, other=0.0)
+            value = value * penalty_slope(value * norm[None, :], SCALE)
         if HAS_WEIGHTS:
             value = value * tl.load(weights_ptr + rows, mask=rows < N, other=0.0)[:, None]
         total += value
     tl.store(sums_ptr + split * F + features, tl.sum(total, axis=0), mask=features < F)
 
 
-def row_costs(a_NF: Tensor, norm_F: Tensor, weight_N: Tensor | None) -> Tensor:
+def row_costs(
+    a_NF: Tensor, norm_F: Tensor, weight_N: Tensor | None, tanh_scale: float | None
+) -> Tensor:
     """Return each token's penalty, fp32 [N]."""
     N, F = a_NF.shape
     costs = norm_F.new_empty(N)
     if N:
         cost_of_rows[(N,)](
-            a_NF, norm_F, weight_N, costs, F, HAS_WEIGHTS=weight_N is not None, **ROWS
+            a_NF,
+            norm_F,
+            weight_N,
+            costs,
+            F,
+            SCALE=tanh_scale,
+            HAS_WEIGHTS=weight_N is not None,
+            **ROWS,
         )
     return costs
 
@@ -106,6 +129,7 @@ def finish_gradient_(
     norm_F: Tensor,
     c: Tensor | None,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
     *,
     has_g: bool,
 ) -> None:
@@ -123,6 +147,7 @@ def finish_gradient_(
             c,
             weight_N,
             F,
+            SCALE=tanh_scale,
             HAS_G=has_g,
             HAS_C=c is not None,
             HAS_WEIGHTS=weight_N is not None,
@@ -132,9 +157,17 @@ def finish_gradient_(
 
 
 def column_sums(
-    values_NF: Tensor, *, weight_N: Tensor | None = None, window: Tensor | None = None
+    values_NF: Tensor,
+    *,
+    weight_N: Tensor | None = None,
+    window: Tensor | None = None,
+    norm_F: Tensor | None = None,
+    tanh_scale: float | None = None,
 ) -> Tensor:
-    """Return ``Σ_t w_t value_ti``, fp32 [F], over the entries in `window` (None: all)."""
+    """Return ``Σ_t w_t value_ti``, fp32 [F], over the entries in `window` (None: all).
+
+    With `tanh_scale`, each value is multiplied by ``φ'(value_ti norm_i)``.
+    """
     N, F = values_NF.shape
     splits = triton.cdiv(N, COLUMN_TOKENS)
     sums = values_NF.new_empty((splits, F), dtype=torch.float32)
@@ -143,10 +176,12 @@ def column_sums(
             values_NF,
             weight_N,
             None if window is None else window.view(torch.uint8),
+            None if tanh_scale is None else norm_F,
             sums,
             N,
             F,
             COLUMN_TOKENS,
+            SCALE=tanh_scale,
             HAS_WEIGHTS=weight_N is not None,
             HAS_WINDOW=window is not None,
             **COLUMNS,

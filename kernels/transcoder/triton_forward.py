@@ -79,6 +79,7 @@ def decode(
     residual_NE: Tensor | None,
     norm_F: Tensor | None,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``out = residual + W_decᵀ a + b_dec`` and the penalty.
 
@@ -88,13 +89,13 @@ def decode(
     if codes.dense:
         a_NF = codes.values.view(len(codes.row_offsets) - 1, -1)
         norm_F = norms(W_dec_FE) if norm_F is None else norm_F
-        penalty = triton_dense.row_costs(a_NF, norm_F, weight_N).sum()
+        penalty = triton_dense.row_costs(a_NF, norm_F, weight_N, tanh_scale).sum()
         return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE), penalty
     out, costs_N = triton_sums.decode_sums(
-        codes.values, codes, W_dec_FE, b_dec_E, residual_NE, norm_F, weight_N
+        codes.values, codes, W_dec_FE, b_dec_E, residual_NE, norm_F, weight_N, tanh_scale
     )
     if norm_F is None:
-        costs_N = triton_sums.token_costs(codes, W_dec_FE, weight_N)
+        costs_N = triton_sums.token_costs(codes, W_dec_FE, weight_N, tanh_scale)
     return out, costs_N.sum()
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .codes import GPU_PIECE, Codes
 from .triton_encode import last_contiguous
+from .triton_penalty import penalty_of, penalty_slope
 
 # A program sums whole rows where it can, few codes at a time: all codes of a column then belong to
 # one thread, and the loops need neither barriers nor shared memory.
@@ -50,11 +51,11 @@ def _scales(scales_ptr, values_ptr, place, live, SKIP_ZEROS: tl.constexpr):
 def sum_by_token(
     scales_ptr, values_ptr, features_ptr, row_offsets_ptr, table_ptr, bias_ptr, residual_ptr,
     norms_ptr, weights_ptr, out_ptr, costs_ptr, E, table_stride, residual_stride,
-    SKIP_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_NORMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``residual_t + bias + Σ_c scale_c table[feature_c]`` and ``w_t Σ_c scale_c norm_c``."""
+    """Write ``residual_t + bias + Σ_c scale_c table[feature_c]``, ``w_t Σ_c φ(scale_c norm_c)``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
@@ -73,7 +74,8 @@ def sum_by_token(
         ).to(tl.float32)
         total += tl.sum(scale[:, None] * entries, axis=0)
         if HAS_NORMS:
-            cost += scale * tl.load(norms_ptr + feature, mask=live, other=0.0)
+            norm = tl.load(norms_ptr + feature, mask=live, other=0.0)
+            cost += penalty_of(scale * norm, SCALE)
     if HAS_BIAS:
         total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -90,9 +92,9 @@ def sum_by_token(
 @triton.jit
 def cost_by_token(
     values_ptr, features_ptr, row_offsets_ptr, table_ptr, weights_ptr, costs_ptr, E, table_stride,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    SCALE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``w_t Σ_c value_c ‖table[feature_c]‖``, reading only the codes' rows of the table."""
+    """Write ``w_t Σ_c φ(value_c ‖table[feature_c]‖)``; of the table, only codes' rows are read."""
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(row_offsets_ptr + row + 1)
     cost = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -110,7 +112,7 @@ def cost_by_token(
             ).to(tl.float32)
             squares += entries * entries
         value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
-        cost += value * tl.sqrt_rn(tl.sum(squares, axis=1))
+        cost += penalty_of(value * tl.sqrt_rn(tl.sum(squares, axis=1)), SCALE)
     spent = tl.sum(cost, axis=0)
     if HAS_WEIGHTS:
         spent = spent * tl.load(weights_ptr + row)
@@ -119,13 +121,14 @@ def cost_by_token(
 
 @triton.jit(do_not_specialize=["N", "capacity"])
 def sampled_product(
-    g_ptr, W_ptr, features_ptr, row_offsets_ptr, norms_ptr, c_ptr, weights_ptr, da_ptr, N,
-    E, capacity, g_stride, W_stride, HAS_G: tl.constexpr, HAS_C: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    g_ptr, W_ptr, features_ptr, row_offsets_ptr, norms_ptr, c_ptr, weights_ptr, values_ptr,
+    da_ptr, N, E, capacity, g_stride, W_stride, SCALE: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write ``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code.
 
-    Further programs write 0 in the unused tail.
+    SCALE multiplies the norm by ``φ'(value_c norm[feature_c])``. Further programs write 0 in the
+    unused tail.
     """
     row = tl.program_id(0).to(tl.int64)
     if row >= N:
@@ -154,7 +157,12 @@ def sampled_product(
                 products += g.to(tl.float32)[None, :] * W.to(tl.float32)
             da += tl.sum(products, axis=1)
         if HAS_C:
-            cost = tl.load(c_ptr) * tl.load(norms_ptr + feature, mask=live, other=0.0)
+            c = tl.load(c_ptr)
+            norm = tl.load(norms_ptr + feature, mask=live, other=0.0)
+            cost = c * norm
+            if SCALE is not None:
+                value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
+                cost = cost * penalty_slope(value * norm, SCALE)
             if HAS_WEIGHTS:
                 cost = cost * tl.load(weights_ptr + row)
             da += cost
@@ -163,11 +171,16 @@ def sampled_product(
 
 @triton.jit
 def _sum_piece(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, columns,
-    inside, table_stride, SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, feature,
+    start, end, columns, inside, table_stride, SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, start ≤ c < end in feature order."""
+    """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, start ≤ c < end in feature order.
+
+    SCALE multiplies the terms of the second sum by ``φ'(scale_c norm)``.
+    """
+    if SCALE is not None:
+        norm = tl.load(norms_ptr + feature)
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     weighed = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for c0 in tl.range(start, end, BLOCK_C):
@@ -182,6 +195,8 @@ def _sum_piece(
             other=0.0,
         )
         total += tl.sum(scale[:, None] * entries.to(tl.float32), axis=0)
+        if SCALE is not None:
+            scale = scale * penalty_slope(scale * norm, SCALE)
         if HAS_WEIGHTS:
             scale = scale * tl.load(weights_ptr + token, mask=live, other=0.0)
         weighed += scale
@@ -191,8 +206,8 @@ def _sum_piece(
 @triton.jit
 def sum_further_pieces(
     scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, feature_offsets_ptr,
-    piece_offsets_ptr, table_ptr, pieces_ptr, piece_scalars_ptr, F, E, table_stride,
-    SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, PIECE: tl.constexpr,
+    piece_offsets_ptr, table_ptr, pieces_ptr, piece_scalars_ptr, norms_ptr, F, E, table_stride,
+    SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of further pieces; each program finds its piece by binary search."""
@@ -213,8 +228,8 @@ def sum_further_pieces(
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
     total, weighed = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, columns,
-        inside, table_stride, SKIP_ZEROS, HAS_WEIGHTS, BLOCK_C, BLOCK_E,
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, low,
+        start, end, columns, inside, table_stride, SCALE, SKIP_ZEROS, HAS_WEIGHTS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
     tl.store(pieces_ptr + piece.to(tl.int64) * E + columns, total, mask=inside)
     tl.store(piece_scalars_ptr + piece, weighed, mask=tl.program_id(1) == 0)
@@ -224,13 +239,14 @@ def sum_further_pieces(
 def sum_by_feature(
     scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, feature_offsets_ptr,
     piece_offsets_ptr, table_ptr, pieces_ptr, piece_scalars_ptr, out_ptr, scalars_ptr, W_ptr,
-    norms_ptr, c_ptr, E, table_stride, W_stride, SKIP_ZEROS: tl.constexpr,
+    norms_ptr, c_ptr, E, table_stride, W_stride, SCALE: tl.constexpr, SKIP_ZEROS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, HAS_C: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write ``scalar_i = Σ_c w_c scale_c`` and ``Σ_c scale_c table[token_c]``, c over i's codes.
 
-    HAS_C adds ``c scalar_i W_i / ‖W_i‖`` to the second.
+    SCALE multiplies the terms of the first by ``φ'(scale_c ‖W_i‖)``. HAS_C adds
+    ``c scalar_i W_i / ‖W_i‖`` to the second.
     """
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -238,9 +254,9 @@ def sum_by_feature(
     start = tl.load(feature_offsets_ptr + feature)
     end = tl.load(feature_offsets_ptr + feature + 1)
     total, weighed = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start,
-        tl.minimum(end, start + PIECE), columns, inside, table_stride, SKIP_ZEROS, HAS_WEIGHTS,
-        BLOCK_C, BLOCK_E,
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, norms_ptr, feature,
+        start, tl.minimum(end, start + PIECE), columns, inside, table_stride, SCALE, SKIP_ZEROS,
+        HAS_WEIGHTS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
     first = tl.load(piece_offsets_ptr + feature).to(tl.int64)
     last = tl.load(piece_offsets_ptr + feature + 1).to(tl.int64)
@@ -288,7 +304,8 @@ def token_sums(
     scales_C: Tensor, codes: Codes, table_FE: Tensor, *, skip_zeros: bool = False
 ) -> Tensor:
     """Return each token's ``Σ_c scale_c table[feature_c]``, [N, E] in the table's dtype."""
-    out, _ = decode_sums(scales_C, codes, table_FE, None, None, None, None, skip_zeros=skip_zeros)
+    nothing = (None,) * 5
+    out, _ = decode_sums(scales_C, codes, table_FE, *nothing, skip_zeros=skip_zeros)
     return out
 
 
@@ -300,6 +317,7 @@ def decode_sums(
     residual_NE: Tensor | None,
     norm_F: Tensor | None,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
     *,
     skip_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -329,6 +347,7 @@ def decode_sums(
             E,
             table_FE.stride(0),
             0 if residual_NE is None else residual_NE.stride(0),
+            SCALE=tanh_scale,
             SKIP_ZEROS=skip_zeros,
             HAS_BIAS=bias_E is not None,
             HAS_RESIDUAL=residual_NE is not None,
@@ -340,7 +359,9 @@ def decode_sums(
     return out, costs
 
 
-def token_costs(codes: Codes, W_dec_FE: Tensor, weight_N: Tensor | None) -> Tensor:
+def token_costs(
+    codes: Codes, W_dec_FE: Tensor, weight_N: Tensor | None, tanh_scale: float | None
+) -> Tensor:
     """Return each token's penalty, fp32 [N], reading only the codes' rows of the decoder."""
     N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
     W_dec_FE = last_contiguous(W_dec_FE)
@@ -355,6 +376,7 @@ def token_costs(codes: Codes, W_dec_FE: Tensor, weight_N: Tensor | None) -> Tens
             costs,
             E,
             W_dec_FE.stride(0),
+            SCALE=tanh_scale,
             HAS_WEIGHTS=weight_N is not None,
             **SAMPLED,
         )
@@ -368,8 +390,12 @@ def code_gradients(
     W_dec_FE: Tensor,
     norm_F: Tensor,
     weight_N: Tensor | None,
+    tanh_scale: float | None,
 ) -> Tensor:
-    """Return ``g_t · W_dec,i + c w_t ‖W_dec,i‖``, [C] in the codes' dtype; 0 in the unused tail."""
+    """Return ``g_t · W_dec,i + c w_t φ'(u_ti) ‖W_dec,i‖``, [C] in the codes' dtype.
+
+    The unused tail is 0.
+    """
     N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
     W_dec_FE = last_contiguous(W_dec_FE)
     g_NE = None if g_NE is None else last_contiguous(g_NE)
@@ -384,12 +410,14 @@ def code_gradients(
             norm_F,
             c,
             weight_N,
+            None if tanh_scale is None else codes.values,
             da,
             N,
             E,
             capacity,
             0 if g_NE is None else g_NE.stride(0),
             W_dec_FE.stride(0),
+            SCALE=tanh_scale,
             HAS_G=g_NE is not None,
             HAS_C=c is not None,
             HAS_WEIGHTS=weight_N is not None,
@@ -405,13 +433,14 @@ def feature_sums(
     *,
     weight_N: Tensor | None = None,
     skip_zeros: bool = False,
-    penalty: tuple[Tensor, Tensor, Tensor] | None = None,
+    penalty: tuple[Tensor, Tensor, Tensor, float | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each feature's ``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``.
 
     Args:
-        penalty: (c, norm_F, W_FE) adds ``c scalar_i W_i / ‖W_i‖`` to the first sum, 0 at a zero
-            row; ``scalar_i`` is the second sum.
+        penalty: (c, norm_F, W_FE, tanh_scale) adds ``c scalar_i W_i / ‖W_i‖`` to the first sum, 0
+            at a zero row; ``scalar_i`` is the second sum, whose terms a scale multiplies by
+            ``φ'(scale_c ‖W_i‖)``.
 
     Returns:
         [F, E] and [F], in the table's dtype.
@@ -421,7 +450,7 @@ def feature_sums(
     if F == 0 or len(table_NE) == 0:
         return table_NE.new_zeros(F, E), table_NE.new_zeros(F)
     out, scalars = table_NE.new_empty(F, E), table_NE.new_empty(F)
-    c, norm_F, W_FE = (None,) * 3 if penalty is None else penalty
+    c, norm_F, W_FE, tanh_scale = (None,) * 4 if penalty is None else penalty
     W_FE = None if W_FE is None else last_contiguous(W_FE)
     n_pieces = len(codes.values) // GPU_PIECE  # upper bound: a further piece follows a full one
     block = _block_of(E)
@@ -439,6 +468,7 @@ def feature_sums(
         table_NE.new_empty(n_pieces, dtype=torch.float32),
     )
     constants = {
+        "SCALE": tanh_scale,
         "SKIP_ZEROS": skip_zeros,
         "HAS_WEIGHTS": weight_N is not None,
         "PIECE": GPU_PIECE,
@@ -446,7 +476,14 @@ def feature_sums(
         **FEATURE_SUMS,
     }
     if n_pieces:
-        sum_further_pieces[(n_pieces, slices)](*common, F, E, table_NE.stride(0), **constants)
+        sum_further_pieces[(n_pieces, slices)](
+            *common,
+            None if tanh_scale is None else norm_F,
+            F,
+            E,
+            table_NE.stride(0),
+            **constants,
+        )
     sum_by_feature[(F, slices)](
         *common,
         out,

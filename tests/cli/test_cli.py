@@ -24,7 +24,7 @@ OPTIONS = re.findall(
 --dry-run --gpu --gpus --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.l0 --objective.logits_dtype --objective.nmse
---objective.sparsity --objective.sparsity_ramp
+--objective.penalty --objective.penalty_scale --objective.sparsity --objective.sparsity_ramp
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
 --optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
 --optimizer.moments --optimizer.stochastic_rounding

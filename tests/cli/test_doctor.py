@@ -48,7 +48,7 @@ def test_all_checks_of_this_machine_pass(fastadapt: Callable[..., Any]) -> None:
         expected.add(("transcoder", "sparse"))
     assert checked == {(*e, d) for e in expected for d in dtypes}
     cases = {c["case"] for c in diagnosis["checks"] if c["op"] == "transcoder"}
-    activations = ("relu", "topk", "batch_topk", "jumprelu")
+    activations = ("relu", "topk", "batch_topk", "jumprelu", "tanh penalty")
     assert cases == {a + p for a in activations for p in ("", ", codes", ", dense")}
     assert all(0 < c["share"] <= 1 for c in diagnosis["checks"])
 

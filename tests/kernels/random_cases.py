@@ -34,4 +34,6 @@ def cases(draw: Any, dtypes: list[torch.dtype], sizes: Sequence[int] = SIZES) ->
         residual=draw(st.booleans()),
         plan=draw(st.sampled_from(PLANS)),
         seed=draw(st.integers(0, 2**31)),
+        # Far below the activations' inverse, near it, and far above, where the penalty saturates.
+        tanh_scale=draw(st.sampled_from([None, 1e-3, 0.3, 4.0, 100.0])),
     )

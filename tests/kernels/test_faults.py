@@ -11,7 +11,7 @@ from types import ModuleType
 import executed
 import pytest
 import torch
-from device_code import load
+from device_code import copy_of
 
 from fastadapt.kernels.transcoder import (
     CodeLayout,
@@ -61,15 +61,6 @@ FAULTS: dict[str, tuple[ModuleType, str, str, str, str]] = {
         r"kernel `sum_further_pieces`.* reads \d+ element\(s\)",
     ),
 }
-
-
-def copy_of(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """Load a copy of a module of kernels in which the text ``old`` is replaced."""
-    source = Path(module.__file__ or "").read_text()
-    assert source.count(old) == 1
-    path = folder / f"{module.__name__.rpartition('.')[2]}.py"
-    path.write_text(source.replace(old, new))
-    return load(f"{module.__name__}_copy", path)
 
 
 def step() -> None:

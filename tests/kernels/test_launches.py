@@ -52,7 +52,14 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(patch: pytest.MonkeyPatch, N: int, *, dense: bool, backward: bool) -> list[str]:
+def launches(
+    patch: pytest.MonkeyPatch,
+    N: int,
+    *,
+    dense: bool,
+    backward: bool,
+    tanh_scale: float | None = None,
+) -> list[str]:
     """Return the launches of a call on N tokens, as its registered ops make them."""
     x, W_enc, W_dec = torch.randn(N, D), torch.randn(F, D), torch.randn(F, D)
     b_enc, b_dec, weight = torch.zeros(F), torch.zeros(D), torch.ones(N)
@@ -64,10 +71,10 @@ def launches(patch: pytest.MonkeyPatch, N: int, *, dense: bool, backward: bool) 
         )
         codes = results[: autograd.N_CODES]
         norm = autograd.norms(W_dec) if backward or N > autograd.SMALL else None
-        autograd._decode(*codes, W_dec, b_dec, x, norm, weight, "triton")
+        autograd._decode(*codes, W_dec, b_dec, x, norm, weight, tanh_scale, "triton")
         if backward:
             da, _ = autograd._decode_backward(
-                g, c, *codes, W_dec, norm, weight, True, True, "triton"
+                g, c, *codes, W_dec, norm, weight, tanh_scale, True, True, "triton"
             )
             need = [True, True, True, False]
             autograd._encode_backward(da, x[None], W_enc, None, None, *codes, 0.0, need, "triton")
@@ -89,6 +96,8 @@ def test_launches_with_statistics(
 ) -> None:
     names = launches(monkeypatch, N, dense=dense, backward=backward)
     assert len(names) == n, names
+    with_tanh = launches(monkeypatch, N, dense=dense, backward=backward, tanh_scale=4.0)
+    assert with_tanh == names
 
 
 def test_launches_of_nmse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from random_cases import cases
 from torch import Tensor
-from transcoder_cases import DTYPES, PLANS, Case, draw_inputs, run
+from transcoder_cases import DTYPES, PLANS, Case, draw_inputs, run, tanh
 
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, transcoder
+from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, sparse, transcoder
+from fastadapt.kernels.transcoder import penalty as penalties
 
 VARIANTS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
 STATS = ("n_active", "feature_counts", "n_tokens", "min_active", "n_codes")
@@ -103,14 +104,16 @@ def small(activation: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any
     return leaves, {"activation": activation, **SETTINGS[activation]}
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
-def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayout | None) -> None:
+def test_forward_by_formula(
+    activation: str, implementation: str, plan: CodeLayout | None, scale: float | None
+) -> None:
     leaves, arguments = small(activation)
     weight = torch.rand(2, 5) + 0.1
-    result = transcoder(
-        **leaves, **arguments, mask=weight, implementation=implementation, plan=plan
-    )
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan, **tanh(scale)}
+    result = transcoder(**leaves, **arguments, mask=weight, **options)
     x, W_enc, b_enc, W_dec, b_dec = list(leaves.values())[:5]
     a = torch.tensor(
         by_formula(x, W_enc, b_enc, threshold=leaves.get("threshold"), **arguments),
@@ -119,10 +122,10 @@ def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayo
     torch.testing.assert_close(result.out, leaves["residual"] + a @ W_dec + b_dec)
     norms = W_dec.square().sum(-1).sqrt()
     expected = sum(
-        weight.double()[s, t] * a[s, t, i] * norms[i]
+        weight.double()[s, t] * (u if scale is None else math.tanh(scale * u))
         for s in range(2)
         for t in range(5)
-        for i in range(6)
+        for u in (a[s, t] * norms).tolist()
     )
     torch.testing.assert_close(result.penalty, torch.as_tensor(expected))
     assert result.stats.n_active == (a > 0).sum()
@@ -162,6 +165,20 @@ def away_from_kinks(activation: str) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None) -> None:
+    check_gradients(activation, implementation, plan)
+
+
+@pytest.mark.quick("sparse-None-relu", "sparse-plan2-jumprelu")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
+def test_gradcheck_of_tanh(activation: str, implementation: str, plan: CodeLayout | None) -> None:
+    check_gradients(activation, implementation, plan, **tanh(0.7))
+
+
+def check_gradients(
+    activation: str, implementation: str, plan: CodeLayout | None, **penalty: Any
+) -> None:
+    """Compare gradients of both outputs with difference quotients, with weights and padding."""
     leaves, arguments = away_from_kinks(activation)
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 3:] = True
@@ -172,6 +189,7 @@ def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None
             **dict(zip(leaves, tensors, strict=True)),
             **fixed,
             **arguments,
+            **penalty,
             mask=torch.linspace(0, 1, 10).view(2, 5),
             padding=padding,
             implementation=implementation,
@@ -183,15 +201,17 @@ def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
-def test_straight_through_gradient_of_theta(implementation: str, plan: CodeLayout | None) -> None:
+def test_straight_through_gradient_of_theta(
+    implementation: str, plan: CodeLayout | None, scale: float | None
+) -> None:
     leaves, arguments = small("jumprelu")
     leaves["threshold"].requires_grad_()
     arguments["bandwidth"] = 1.0
     weight = torch.rand(2, 5, dtype=torch.float64)
-    result = transcoder(
-        **leaves, **arguments, mask=weight, implementation=implementation, plan=plan
-    )
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan, **tanh(scale)}
+    result = transcoder(**leaves, **arguments, mask=weight, **options)
     g, c = torch.randn_like(result.out), torch.randn((), dtype=torch.float64)
     torch.autograd.backward([result.out, result.penalty], [g, c])
 
@@ -202,7 +222,9 @@ def test_straight_through_gradient_of_theta(implementation: str, plan: CodeLayou
             for t in range(5):
                 if abs(float(z[s, t, i]) - theta) < arguments["bandwidth"] / 2:
                     row = leaves["W_dec"][i]
-                    upstream = g[s, t] @ row + c * weight[s, t] * row.norm()
+                    a = float(z[s, t, i]) * (float(z[s, t, i]) > theta)
+                    slope = 1 if scale is None else scale / math.cosh(scale * a * row.norm()) ** 2
+                    upstream = g[s, t] @ row + c * weight[s, t] * slope * row.norm()
                     expected[i] -= theta / arguments["bandwidth"] * upstream
                     inactive_in_window += float(z[s, t, i]) <= theta
     assert inactive_in_window > 0
@@ -400,6 +422,86 @@ def test_any_leading_shape(implementation: str, lead: tuple[int, ...]) -> None:
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
+def tanh_and_l1(
+    implementation: str, plan: CodeLayout | None, scale: float, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the penalty divided by its scale, and L1, each with its gradients by name."""
+    leaves, arguments = small("jumprelu")
+    more: dict[str, Any] = {"implementation": implementation, "plan": plan}
+    results = []
+    for penalty in ({}, tanh(scale)):
+        inputs = {name: t.float().to(dtype).requires_grad_() for name, t in leaves.items()}
+        value = transcoder(**inputs, **arguments, **penalty, **more).penalty
+        value = value / scale if penalty else value
+        names = ["x", "W_enc", "b_enc", "W_dec", "threshold"]
+        gradients = torch.autograd.grad(value, [inputs[name] for name in names])
+        results.append({"penalty": value, **dict(zip(names, gradients, strict=True))})
+    return results[1], results[0]
+
+
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
+def test_tanh_becomes_l1_as_its_scale_vanishes(
+    implementation: str, plan: CodeLayout | None
+) -> None:
+    """``tanh(cu)/c = u - c² u³/3``: a tenth of c, a hundredth of every difference."""
+    errors = []
+    for scale in (1e-2, 1e-3):
+        by_tanh, by_l1 = tanh_and_l1(implementation, plan, scale, torch.float64)
+        errors.append({name: (by_tanh[name] - by_l1[name]).norm() for name in by_l1})
+    for name, large in errors[0].items():
+        assert large > 0, name
+        assert 98 < large / errors[1][name] < 102, name
+    # Near 0, tanh loses no digits: it is as close to the exact L1 as L1 itself.
+    actual, peer = tanh_and_l1(implementation, plan, 1e-6, torch.float32)
+    for name, value in actual.items():
+        assert_close(value, by_l1[name], peer[name], name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
+def test_tanh_saturates(implementation: str, plan: CodeLayout | None, dtype: torch.dtype) -> None:
+    """Strong features cost 1 and have no gradient; rows of norm 0 cost nothing and have none."""
+    large = float(torch.finfo(dtype).max)
+    W_dec = torch.tensor([[3.0, 4.0], [0.0, 0.0], [large**0.5 / 2, 0.0]], dtype=dtype)
+    leaves: dict[str, Any] = {
+        "x": torch.tensor([[1.0], [2.0]], dtype=dtype),
+        "W_enc": torch.full((3, 1), large / 16, dtype=dtype),
+        "b_enc": torch.zeros(3, dtype=dtype),
+        "W_dec": W_dec,
+        "b_dec": torch.zeros(2, dtype=dtype),
+    }
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    weight = torch.tensor([1.0, 0.25])
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan, **tanh(4.0)}
+    result = transcoder(**leaves, mask=weight, **options)
+    assert result.penalty == 2 * 1.25  # of three active features, one with a row of norm 0
+    gradients = torch.autograd.grad(result.penalty, list(leaves.values()), allow_unused=True)
+    for gradient in gradients:
+        assert gradient is None or torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("plan", [CodeLayout(dense=True), CodeLayout(dense=False)])
+def test_a_penalty_without_its_slope_is_noticed(
+    plan: CodeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, arguments = small("relu")
+    args: tuple[Any, ...] = (
+        leaves,
+        arguments | tanh(0.7),
+        torch.zeros_like(leaves["residual"]),
+        torch.tensor(1.0),
+    )
+    monkeypatch.setattr(penalties, "ENTRIES", 3 * 6)  # three tokens at once, and one at the end
+    (_, penalty, *_), oracle = run(*args, dtype=torch.float64, implementation="reference")
+    for slope, equal in ((penalties.slopes_, True), (lambda u, scale: u.fill_(scale), False)):
+        for module in (penalties, sparse):
+            monkeypatch.setattr(module, "slopes_", slope)
+        result, gradients = run(*args, dtype=torch.float64, implementation="sparse", plan=plan)
+        torch.testing.assert_close(result.penalty, penalty)
+        for name in ("x", "W_enc", "b_enc", "W_dec"):
+            assert torch.allclose(gradients[name], oracle[name], rtol=1e-9) == equal, name
+
+
 def wrong(**changes: Any) -> dict[str, Any]:
     return {
         "x": torch.zeros(5, 3),
@@ -446,6 +548,13 @@ def wrong(**changes: Any) -> dict[str, Any]:
         (
             {"activation": "jumprelu", "threshold": torch.ones(5), "bandwidth": 0.1},
             r"threshold must be of shape \[6\]; got \[5\]",
+        ),
+        ({"penalty": "l0"}, "penalty must be one of .*got 'l0'"),
+        ({"penalty_scale": 4.0}, r"penalty_scale must be None with l1; got 4\.0"),
+        ({"penalty": "tanh"}, "penalty_scale must be given for tanh; got None"),
+        (
+            {"penalty": "tanh", "penalty_scale": 0.0},
+            r"penalty_scale must be positive and finite; got 0\.0",
         ),
         ({"implementation": "cuda"}, "implementation must be one of .*got 'cuda'"),
         (

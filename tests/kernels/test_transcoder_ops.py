@@ -214,6 +214,7 @@ def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) 
     tensors = leaves(activation, tokens=5, device=device)
     threshold = tensors[6] if activation == "jumprelu" else None
     settings = SETTINGS[activation]
+    scale = 0.7 if activation in ("relu", "jumprelu") else None  # of a tanh penalty
     layout = (None, None) if plan is None else plan
     weight = torch.rand(S * 5, device=device)
     padding = torch.rand(S * 5, device=device) > 0.8
@@ -231,7 +232,7 @@ def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) 
     torch.library.opcheck(ops.norms.default, (tensors[3],))
     norm = ops.norms(tensors[3].detach())
     torch.library.opcheck(
-        ops.decode.default, (*codes, *tensors[3:5], residual, norm, weight, implementation)
+        ops.decode.default, (*codes, *tensors[3:5], residual, norm, weight, scale, implementation)
     )
     codes[0] = codes[0].detach()
     g, c = torch.randn(S * 5, E, device=device), torch.randn((), device=device)
@@ -239,7 +240,7 @@ def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) 
     W_enc, W_dec = tensors[1].detach(), tensors[3].detach()
     torch.library.opcheck(
         ops.decode_backward.default,
-        (g, c, *codes, W_dec, norm, weight, True, True, implementation),
+        (g, c, *codes, W_dec, norm, weight, scale, True, True, implementation),
     )
     theta = None if threshold is None else threshold.detach()
     need = [True, True, False, theta is not None]

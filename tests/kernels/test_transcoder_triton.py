@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import executed
 import pytest
 import torch
+from device_code import copy_of
 from hypothesis import HealthCheck, Phase, given, settings
 from random_cases import cases
 from torch import Tensor
@@ -23,6 +26,7 @@ from transcoder_cases import (
     Case,
     draw_inputs,
     run,
+    tanh,
 )
 
 from fastadapt.kernels.testing import assert_close
@@ -33,6 +37,7 @@ from fastadapt.kernels.transcoder import (
     autograd,
     transcoder,
     triton_codes,
+    triton_dense,
     triton_encode,
     triton_forward,
     triton_sums,
@@ -59,11 +64,21 @@ def codes_of(leaves: dict[str, Any], arguments: dict[str, Any], **options: Any) 
         return transcoder(**encoder, **decoder, **threshold, **arguments, **options).out
 
 
-def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Tensor | None) -> None:
+def assert_penalty(
+    result: TranscoderOutput,
+    a: Tensor,
+    W_dec: Tensor,
+    mask: Tensor | None,
+    tanh_scale: float | None,
+) -> None:
     """Compare with float64 on the same codes, whose 16-bit rounding would hide other errors."""
 
     def penalty(dtype: torch.dtype) -> Tensor:
-        costs = a.to(dtype) @ torch.linalg.vector_norm(W_dec.to(dtype), dim=-1)
+        norms = torch.linalg.vector_norm(W_dec.to(dtype), dim=-1)
+        if tanh_scale is None:
+            costs = a.to(dtype) @ norms
+        else:
+            costs = (tanh_scale * a.to(dtype) * norms).tanh().sum(-1)
         return (costs if mask is None else costs * mask.to(dtype)).sum()
 
     assert result.penalty.dtype == torch.float32
@@ -107,7 +122,7 @@ def keep_the_budget(case: Case) -> None:
     assert_close(result.out, oracle[0].out, peer[0].out, name="out")
     if case.F:
         padded = arguments.get("padding", torch.zeros_like(a[..., 0], dtype=torch.bool))
-        assert_penalty(result, a, leaves["W_dec"], arguments.get("mask"))
+        assert_penalty(result, a, leaves["W_dec"], arguments.get("mask"), case.tanh_scale)
         assert not a[padded].any()
         counted = torch.ones_like(padded) if not case.masked else arguments["mask"] != 0
         active = (a != 0) & (counted & ~padded)[..., None]
@@ -237,15 +252,16 @@ def test_nothing_is_truncated(plan: CodeLayout | None) -> None:
     assert stats.n_active == 32 * T + (F - 32)
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.every_kernel
-def test_features_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_many_pieces(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (triton_codes, triton_sums):
         monkeypatch.setattr(module, "GPU_PIECE", 16)
     b_enc = torch.full((40,), -100.0)
     b_enc[[0, 13, 39]] = 100.0
     b_enc[20:25] = torch.tensor([-0.2, 0.0, 0.2, 0.4, 0.6])  # codes for a few pieces
     leaves = inputs(T=65, D=8, E=8, F=40, b_enc=b_enc)
-    stats = compare(leaves, SPARSE)
+    stats = compare(leaves, SPARSE, **tanh(scale))
     assert stats.feature_counts[[0, 13, 39]].tolist() == [65] * 3
 
 
@@ -270,6 +286,61 @@ def test_every_activation_and_variant(
     if activation == "threshold":
         activation, arguments = "batch_topk", {"threshold": leaves["b_dec"].new_full((), 0.2)}
     compare(leaves, plan, activation=activation, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("activation", "plan", "few"),
+    [
+        ("relu", SPARSE, True),
+        ("jumprelu", SPARSE, False),
+        ("relu", DENSE, False),
+        pytest.param("relu", SPARSE, False, marks=SLOW_INTERPRETED),
+        pytest.param("jumprelu", SPARSE, True, marks=SLOW_INTERPRETED),
+        pytest.param("jumprelu", DENSE, False, marks=SLOW_INTERPRETED),
+    ],
+)
+def test_tanh(
+    activation: str, plan: CodeLayout, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights, codes in the window, norms given and not, and at both ends of tanh."""
+    if not few:
+        monkeypatch.setattr(triton_forward, "FEW", 0)
+        monkeypatch.setattr(autograd, "SMALL", 0)
+    leaves = inputs(T=4, D=8, E=9, F=20)
+    arguments: dict[str, Any] = {"activation": activation, "mask": torch.rand(4).to(TRITON_DEVICE)}
+    if activation == "jumprelu":
+        leaves["threshold"] = (torch.rand(20) / 4 + 0.1).to(TRITON_DEVICE)
+        arguments["bandwidth"] = 0.3
+    with torch.no_grad():
+        leaves["W_dec"][::3] *= 1e-4
+        leaves["W_dec"][1::3] *= 30
+        leaves["W_dec"][0] = 0
+    compare(leaves, plan, **arguments, **tanh(0.7))
+
+
+#: By kernel that multiplies by the penalty's slope: module, and the text without the slope.
+SLOPES: dict[str, tuple[ModuleType, str]] = {
+    "sampled_product": (triton_sums, "cost = cost * penalty_slope(value * norm, SCALE)"),
+    "sum_by_feature": (triton_sums, "scale = scale * penalty_slope(scale * norm, SCALE)"),
+    "finish_gradient": (
+        triton_dense,
+        "cost = cost * penalty_slope(a.to(tl.float32) * norm, SCALE)",
+    ),
+    "sum_columns": (triton_dense, "value = value * penalty_slope(value * norm[None, :], SCALE)"),
+}
+
+
+@pytest.mark.parametrize("kernel", SLOPES)
+def test_a_kernel_without_the_slope_is_noticed(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, text = SLOPES[kernel]
+    name = text.partition(" ")[0]
+    copy = copy_of(module, text, f"{name} = {name} * SCALE", tmp_path)
+    monkeypatch.setattr(module, kernel, getattr(copy, kernel))
+    leaves = inputs(T=4, D=8, E=9, F=20)
+    with pytest.raises(AssertionError, match=r"gradient of (x|W_dec)"):
+        compare(leaves, DENSE if module is triton_dense else SPARSE, **tanh(0.7))
 
 
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])

@@ -61,6 +61,7 @@ class Case:
     residual: bool
     plan: CodeLayout | None
     seed: int
+    tanh_scale: float | None = None  # of the penalty; None: l1
 
 
 def draw_inputs(
@@ -84,7 +85,7 @@ def draw_inputs(
     leaves["W_dec"][::3] = 0  # rows of norm 0
     if case.residual:
         leaves["residual"] = normal(*lead, case.d_out)
-    arguments: dict[str, Any] = {"activation": case.activation}
+    arguments: dict[str, Any] = {"activation": case.activation} | tanh(case.tanh_scale)
     if case.activation in ("topk", "batch_topk"):
         arguments["k"] = min(case.k, case.F)
     if case.activation == "batch_topk":
@@ -114,6 +115,11 @@ def draw_inputs(
     }
     cotangent = with_layout(normal(*lead, case.d_out).to(device, case.dtype), layouts[-1])
     return leaves, arguments, cotangent, torch.randn((), generator=draw).to(device)
+
+
+def tanh(scale: float | None) -> dict[str, Any]:
+    """Return the arguments of a tanh penalty; none without a scale, for l1."""
+    return {} if scale is None else {"penalty": "tanh", "penalty_scale": scale}
 
 
 def run(

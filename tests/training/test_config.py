@@ -47,6 +47,8 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "adapter.k": [(4, "not used")],
     "objective.sparsity": [(-1.0, "")],
     "objective.first_cutoff": [(2, "0 or 1")],
+    "objective.penalty": [("l0", "l1, tanh")],
+    "objective.penalty_scale": [(4.0, "not used")],
     "objective.kl_chunk_tokens": [(0, "")],
     "data.max_tokens": [(1, "at least 2")],
     "data.max_validation": [(0, "at least 1")],

@@ -29,6 +29,8 @@ SHAPES = [
 ]
 #: Optional arguments and required gradients of a transcoder call.
 STYLES = ("plain", "all arguments", "only out", "only penalty", "inference")
+#: Styles with the penalty tanh, for which few activations suffice.
+TANH = ("tanh", "tanh, all arguments", "tanh, inference")
 
 
 def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -47,8 +49,16 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
                     f"transcoder {name} dense={dense} N={N}",
                     partial(call_transcoder, weights, N, settings, dense, STYLES[1]),
                 )
-        arguments = (weights, N, {"activation": "relu"}, False, "inference")
-        yield f"transcoder relu N={N}, inference", partial(call_transcoder, *arguments)
+        arguments = (weights, N, {"activation": "relu"})
+        for style in ("inference", *TANH):
+            yield (
+                f"transcoder relu N={N}, {style}",
+                partial(call_transcoder, *arguments, False, style),
+            )
+        yield (
+            f"transcoder relu dense=True N={N}, {TANH[1]}",
+            partial(call_transcoder, *arguments, True, TANH[1]),
+        )
         for name, settings in activations(192).items():
             yield f"transcode {name} N={N}", partial(call_transcode, weights, N, settings)
         yield (
@@ -71,7 +81,8 @@ def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], No
             for dense in (False, True):
                 for N in lengths:
                     # Below 256 tokens, "inference" computes the norms of few rows.
-                    for style in STYLES if N == 320 else (*STYLES[:2], "inference"):
+                    styles = STYLES if N == 320 else (*STYLES[:2], "inference")
+                    for style in (*styles, *(TANH if name in ("relu", "jumprelu") else ())):
                         title = f"transcoder {name} dense={dense} N={N} F={F}"
                         arguments = (weights, N, settings, dense, style)
                         yield f"{title}, {style}", partial(call_transcoder, *arguments)
@@ -104,6 +115,9 @@ def call_transcoder(
     F, D = weights[0].shape
     x = torch.empty(N, D, dtype=weights[0].dtype, requires_grad=True)
     arguments = dict(settings)
+    if style in TANH:
+        arguments |= {"penalty": "tanh", "penalty_scale": 4.0}
+        style = style.removeprefix("tanh").removeprefix(", ")
     if style == "all arguments":
         arguments["residual"] = torch.empty_like(x).requires_grad_()
         arguments["padding"] = torch.zeros(N, dtype=torch.bool)
