@@ -316,8 +316,8 @@ class Comparison:
 
 
 def alike(first: ComparedModel, second: ComparedModel) -> bool:
-    """Return whether two adapters were trained with one sparsity, or have about one L0."""
-    if first.sparsity == second.sparsity:
+    """Return whether two adapters were trained with one sparsity and k, or have about one L0."""
+    if (first.sparsity, first.k) == (second.sparsity, second.k):
         return True
     if not first.l0 or not second.l0:
         return False

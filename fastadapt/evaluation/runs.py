@@ -41,6 +41,7 @@ class ComparedModel:
         seed: seed of the training.
         recipe: digest of the training's configuration without the seed; None if not recorded. Runs
             with one recipe differ by their seeds only.
+        activation, k: of transcoders, as in :class:`fastadapt.adapter.module.AdapterConfig`.
     """
 
     name: str
@@ -54,6 +55,8 @@ class ComparedModel:
     whole_mlp: bool = False
     seed: int | None = None
     recipe: str | None = None
+    activation: str = "relu"
+    k: float | None = None
 
     @property
     def variant(self) -> str:
@@ -65,16 +68,29 @@ class ComparedModel:
             return "changed"
         if self.whole_mlp:
             return "whole-mlp"
-        return "dense" if self.sparsity == 0 else "no-bridge" if self.bridge == 0 else ""
+        if self._is_dense:
+            return "dense"
+        return "no-bridge" if self.bridge == 0 else ""
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether neither a penalty nor an activation makes the transcoders sparse."""
+        return self.sparsity == 0 and self.k is None
 
     @property
     def description(self) -> str:
         """Description of the model in words, for tables."""
         if self.kind == "transcoder":
-            weight = "" if self.sparsity is None else f", λ={self.sparsity:.3g}"
-            bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
-            name = "transcoder of the whole MLP" if self.whole_mlp else "adapter"
-            return ", ".join([f"{name}{weight}{bridge}", *self.changed])
+            words = ["transcoder of the whole MLP" if self.whole_mlp else "adapter"]
+            if self.activation != "relu":
+                words.append(
+                    self.activation if self.k is None else f"{self.activation} k={self.k:g}"
+                )
+            if self.sparsity is not None and (self.sparsity or self.k is None):
+                words.append(f"λ={self.sparsity:.3g}")
+            if self.bridge == 0 and not self._is_dense:
+                words.append("no bridge")
+            return ", ".join([*words, *self.changed])
         return {
             "base": "the whole base model",
             "hybrid": "target with the base's MLPs",
@@ -88,19 +104,22 @@ class ComparedModel:
     def from_card(cls, name: str, run: Path, card: Mapping[str, Any]) -> ComparedModel:
         """Return the model of a run. ``card`` is the contents of its ``fastadapt.json``."""
         metadata = card["metadata"]
+        is_transcoder = card["kind"] == TRANSCODER
         objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
         return cls(
             name,
-            "transcoder" if card["kind"] == TRANSCODER else card["kind"],
+            "transcoder" if is_transcoder else card["kind"],
             str(run),
             sparsity=measured.get("sparsity_weight", objective.get("sparsity")),
             bridge=objective.get("bridge"),
             l0=measured.get("l0_mean"),
             tokens=measured.get("tokens"),
             changed=tuple(map(_describe_change, metadata.get("interventions") or ())),
-            whole_mlp=card["kind"] == TRANSCODER and not card["adapter"].base_mlp,
+            whole_mlp=is_transcoder and not card["adapter"].base_mlp,
             seed=seed if isinstance(seed := metadata.get("seed"), int) else None,
             recipe=None if metadata.get("interventions") else _recipe(run),
+            activation=card["adapter"].activation if is_transcoder else "relu",
+            k=card["adapter"].k if is_transcoder else None,
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import yaml
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import PUBLISHED, BenchmarkConfig
+from fastadapt.evaluation.comparison import alike
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.evaluation.runs import ComparedModel
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
@@ -77,6 +80,8 @@ def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
         "changed": (),
         "seed": None,
         "whole_mlp": False,
+        "activation": "relu",
+        "k": None,
     }
     assert models.family == "r1-distill"
     assert models.compared["hybrid"].kind == "hybrid"
@@ -91,6 +96,34 @@ def test_the_sparsity_of_a_steered_run_is_that_of_its_end(make_run: Callable[...
     }
     model = ModelSet.open([make_run("a", 1, **facts)], ["one"]).compared["one"]
     assert (model.sparsity, model.description) == (0.0271828, "adapter, λ=0.0272")
+
+
+@pytest.mark.parametrize(
+    ("facts", "description", "variant"),
+    [
+        ({"activation": "topk", "k": 4, "sparsity": 0.0}, "adapter, topk k=4", ""),
+        (
+            {"activation": "batch_topk", "k": 2.5, "sparsity": 0.0, "bridge": 0.0},
+            "adapter, batch_topk k=2.5, no bridge",
+            "no-bridge",
+        ),
+        ({"activation": "jumprelu", "sparsity": 0.1}, "adapter, jumprelu, λ=0.1", ""),
+        ({"sparsity": 0.0, "bridge": 0.0}, "adapter, λ=0", "dense"),
+        ({"sparsity": 0.1, "bridge": 0.0}, "adapter, λ=0.1, no bridge", "no-bridge"),
+    ],
+)
+def test_transcoders_are_described_by_what_makes_them_sparse(
+    facts: dict[str, Any], description: str, variant: str
+) -> None:
+    model = ComparedModel("run", "transcoder", **facts)
+    assert (model.description, model.variant) == (description, variant)
+
+
+def test_runs_of_another_k_are_not_alike() -> None:
+    four = ComparedModel("four", "transcoder", sparsity=0.0, k=4, l0=4.0)
+    assert alike(four, replace(four, name="again"))
+    assert not alike(four, replace(four, k=8, l0=8.0))
+    assert not alike(four, ComparedModel("dense", "transcoder", sparsity=0.0, l0=111.0))
 
 
 def test_fingerprints_depend_on_models_and_adapters(
