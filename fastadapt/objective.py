@@ -11,9 +11,16 @@ token. The losses (arXiv 2602.20904) are:
   is detached;
 - ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
 
+One more term, of weight 0 in the paper, trains dead features at one layer (AuxK, arXiv 2406.04093,
+with a local residual). With x the input of the layer's MLP on the *target's* stream,
+``e = MLP_target(x) - MLP_base(x) - A(x)`` without gradient, and a the k largest positive
+pre-activations of dead features:
+
+- ``L_aux = Σ_t ‖W_decᵀ a_t - e_t‖² / Σ_t ‖e_t‖²``; 0 if no feature is dead.
+
 The objective is defined per sequence and averaged over the sequences of a batch; a row of a packed
-batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE, L_1
-and L0 count every token that is not padding.
+batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE,
+L_1, L_aux and L0 count every token that is not padding.
 
 Target and replacement pass through the layers side by side. From the cutoff on, the replacement
 stream and the target→adapter stream pass through the same blocks, as one batch. Its second half
@@ -38,6 +45,7 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.transcoder import CodeLayout, TranscoderStats, plan_for
+from fastadapt.models.adapted_mlp import DeadCall
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES, recomputed
 from fastadapt.models.replacement import Mode, ReplacementModel
@@ -63,6 +71,14 @@ class ObjectiveConfig:
         logits_dtype: dtype to which logits are rounded before the softmax in float32. Null:
             float32, since near-equal distributions cancel in 16 bits. ``bfloat16``: as in the
             released code.
+        auxiliary: weight of the auxiliary loss, which trains dead features on the residual of one
+            layer, drawn anew in each step. It needs ``adapter.activation`` ``topk``,
+            ``batch_topk`` or ``jumprelu``: a dead feature of ``relu`` has no positive
+            pre-activation to learn from.
+        auxiliary_k: number of dead features that may be active on a token in the auxiliary loss.
+            Null: half the model's width, and at most the number of features.
+        auxiliary_window: number of training tokens after which a feature that has not fired takes
+            part in the auxiliary loss. Null: ``run.dead_window``.
 
     Raises:
         UserError: an impossible value.
@@ -75,9 +91,12 @@ class ObjectiveConfig:
     checkpoint: str = "full"
     kl_chunk_tokens: int = 1024
     logits_dtype: str | None = None
+    auxiliary: float = 0.0
+    auxiliary_k: int | None = None
+    auxiliary_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "nmse", "bridge"):
+        for name in ("sparsity", "nmse", "bridge", "auxiliary"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
@@ -98,6 +117,22 @@ class ObjectiveConfig:
                 f"objective.logits_dtype must be null or one of {', '.join(DTYPES)}, "
                 f"got {self.logits_dtype!r}"
             )
+        for name in ("auxiliary_k", "auxiliary_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"objective.{name} must be >= 1, or null, got {value}")
+
+
+class Auxiliary(NamedTuple):
+    """Layer at which dead features are trained in a step.
+
+    Attributes:
+        layer: index of the layer; see :func:`draw_layer`.
+        dead: bool [F] on the model's device, the layer's dead features.
+    """
+
+    layer: int
+    dead: Tensor
 
 
 class AdapterCall(NamedTuple):
@@ -144,6 +179,18 @@ def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) ->
     return random.Random(f"cutoff {seed} {step}").randint(config.first_cutoff, n_layers)
 
 
+def draw_layer(n_layers: int, seed: int, step: int) -> int:
+    """Draw the layer of an optimiser step's auxiliary loss, uniform on ``0..L-1``.
+
+    As the cutoff, the layer depends on (seed, step) only.
+
+    Example:
+        >>> draw_layer(4, seed=42, step=0) in (0, 1, 2, 3)
+        True
+    """
+    return random.Random(f"auxiliary {seed} {step}").randrange(n_layers)
+
+
 def _run_block(
     model: ReplacementModel,
     layer: int,
@@ -153,13 +200,16 @@ def _run_block(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
     plan: CodeLayout | None = None,
-) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
-    out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan)
-    return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
+    dead: DeadCall | None = None,
+) -> tuple[Tensor, Tensor | None, TranscoderStats | None, Tensor | None]:
+    out, aux = model.block(
+        layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan, dead=dead
+    )
+    return (out, None, None, None) if aux is None else (out, aux.penalty, aux.stats, aux.estimate)
 
 
 class _Streams(NamedTuple):
-    """Result of a traversal: hidden states before the final norm, NMSE, and adapters' calls."""
+    """Result of a traversal: states before the final norm, terms of the loss, adapters' calls."""
 
     target: Tensor
     replacement: Tensor
@@ -168,6 +218,7 @@ class _Streams(NamedTuple):
     nmse: Tensor
     token_nmse: Tensor
     calls: list[AdapterCall]
+    auxiliary: Tensor | None
 
 
 def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> CodeLayout:
@@ -209,6 +260,7 @@ def _traverse(
     tokens_BT: Tensor,
     codes_per_token: Sequence[float] | None,
     policies: Sequence[str],
+    auxiliary: Auxiliary | None,
 ) -> _Streams:
     """Run every block once per stream and compute the NMSE of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
@@ -230,6 +282,7 @@ def _traverse(
     zero = tokens_BT.new_zeros(())
     nmse_sum, token_sum = zero, zero  # both models have the same embeddings: that term is 0
     calls: list[AdapterCall] = []
+    auxiliary_loss: Tensor | None = None
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
         if forked and layer == cutoff:
@@ -238,20 +291,29 @@ def _traverse(
         inputs, mask, pad = (
             (double, double_mask, double_padding) if forked else (single, tokens_BT, padding)
         )
-        with torch.no_grad():
-            h, _ = model.block(layer, h, single.arguments[layer], "target")
+        dead, residual = None, None
+        if auxiliary is not None and layer == auxiliary.layer:
+            h, residual = model.target_block(layer, h, single.arguments[layer], padding)
+            k = config.auxiliary_k or min(max(model.d_model // 2, 1), model.n_features)
+            dead = DeadCall(residual.x, auxiliary.dead, k, padding)
+        else:
+            with torch.no_grad():
+                h, _ = model.block(layer, h, single.arguments[layer], "target")
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
-        run = partial(run, mask=mask, padding=pad, plan=plan)
+        run = partial(run, mask=mask, padding=pad, plan=plan, dead=dead)
         modules = model.saving_modules(layer, "replacement")
-        h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, modules=modules)
+        h_rep, penalty, counts, estimate = recomputed(policies[layer], run, h_rep, modules=modules)
         if penalty is not None and counts is not None:
             calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             modules = model.saving_modules(layer, "target")
-            bridge, _, _ = recomputed(policies[layer], run, bridge, modules=modules)
+            bridge, *_ = recomputed(policies[layer], run, bridge, modules=modules)
         model.reshard_layer(layer)
+        if auxiliary is not None and residual is not None:
+            mean, _ = _mean_nmse(estimate, residual.error, real, tokens_BT, batch.packing)
+            auxiliary_loss = torch.where(auxiliary.dead.any(), mean, 0)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
         of_sequences, of_tokens = _mean_nmse(free, h, real, tokens_BT, batch.packing)
@@ -264,6 +326,7 @@ def _traverse(
         nmse=nmse_sum / (n_layers + 1),
         token_nmse=token_sum / (n_layers + 1),
         calls=calls,
+        auxiliary=auxiliary_loss,
     )
 
 
@@ -274,6 +337,7 @@ def objective(
     config: ObjectiveConfig,
     codes_per_token: Sequence[float] | None = None,
     policies: Sequence[str] | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> ObjectiveOutput:
     """Return the loss of a batch and all its terms, computed in one traversal.
 
@@ -291,14 +355,19 @@ def objective(
         policies: what each layer saves for the backward pass, one of
             :data:`fastadapt.models.recompute.POLICIES` per layer. None: ``config.checkpoint`` in
             every layer. No policy changes a bit of the result.
+        auxiliary: layer and dead features of the auxiliary loss; needed if ``config.auxiliary`` is
+            above 0, otherwise not read.
 
     Returns:
         The loss; its terms ``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
-        bridge_target_to_adapter, sparsity, l0, top1_error``; and the call of every layer's adapter.
-        A bridge that does not exist is absent. A baseline has no sparsity, no L0 and no calls.
+        bridge_target_to_adapter, sparsity, auxiliary, l0, top1_error``; and the call of every
+        layer's adapter. ``auxiliary`` is without its weight, and the calls do not count the dead
+        features that are active in it. A bridge that does not exist is absent, as is an auxiliary
+        loss of weight 0. A baseline has no sparsity, no L0 and no calls.
 
     Raises:
-        ValueError: the cutoff lies outside 0..L, or ``policies`` has not one entry per layer.
+        ValueError: the cutoff lies outside 0..L, ``policies`` has not one entry per layer, or
+            ``auxiliary`` is missing.
     """
     if not 0 <= cutoff <= model.n_layers:
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
@@ -306,9 +375,15 @@ def objective(
         policies = [config.checkpoint] * model.n_layers
     if len(policies) != model.n_layers:
         raise ValueError(f"expected {model.n_layers} policies, one per layer, got {len(policies)}")
+    if config.auxiliary == 0:
+        auxiliary = None
+    elif auxiliary is None:
+        raise ValueError(f"auxiliary: expected a layer, since its weight is {config.auxiliary}")
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
     tokens_BT, predictions_BT = token_weights(batch, wide)
-    streams = _traverse(model, batch, cutoff, config, tokens_BT, codes_per_token, policies)
+    streams = _traverse(
+        model, batch, cutoff, config, tokens_BT, codes_per_token, policies, auxiliary
+    )
 
     forked = streams.adapter_to_target is not None
     # Each stream with the mode of its last block, which selects the final norm.
@@ -345,6 +420,9 @@ def objective(
         n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
         sparse["l0"] = n_active.to(wide) / n_tokens.clamp(min=1)
         loss = loss + sparse["sparsity"]
+    if streams.auxiliary is not None:
+        sparse["auxiliary"] = streams.auxiliary
+        loss = loss + config.auxiliary * streams.auxiliary
     if bridges:
         loss = loss + config.bridge * torch.stack(bridges).sum()
     metrics |= {

@@ -22,7 +22,7 @@ from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.distributed.sharding import whole_adapters
 from fastadapt.errors import RunError
 from fastadapt.models.replacement import ReplacementModel
-from fastadapt.objective import draw_cutoff, objective
+from fastadapt.objective import Auxiliary, draw_cutoff, draw_layer, objective
 from fastadapt.training import finalize, run_dir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
@@ -241,9 +241,16 @@ class TrainingRun:
         # All batches first: a copy to the device waits for the device's queued work.
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
         policies = self._policies(micro_batches, cutoff, expected)
+        auxiliary = self._auxiliary()
         for (_, weight), (batch, tokens), saved in zip(shares, batches, policies, strict=True):
             out = objective(
-                self.model, batch, cutoff, self.config.objective, expected, policies=saved
+                self.model,
+                batch,
+                cutoff,
+                self.config.objective,
+                expected,
+                policies=saved,
+                auxiliary=auxiliary,
             )
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
@@ -251,6 +258,14 @@ class TrainingRun:
         norm = self.optimizer.gradient_norm()
         self.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
         return gathered, norm, gathered.report(norm, self.dead.per_layer())
+
+    def _auxiliary(self) -> Auxiliary | None:
+        """Return layer and dead features of this step's auxiliary loss; None at weight 0."""
+        config = self.config.objective
+        if config.auxiliary == 0:
+            return None
+        layer = draw_layer(self.model.n_layers, self.config.run.seed, self.step)
+        return Auxiliary(layer, self.dead.mask(layer, config.auxiliary_window))
 
     def _policies(
         self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
