@@ -317,6 +317,10 @@ class TrainingRun:
     def _record_step(self, report: StepReport, rate: float, cutoff: int) -> None:
         tokens, seconds = self._since_log
         self._since_log = [0, 0.0]
+        drawn = {}
+        if self.config.objective.auxiliary:
+            layer = draw_layer(self.model.n_layers, self.config.run.seed, self.step - 1)
+            drawn["auxiliary_layer"] = layer
         self.log.write(
             "train",
             self.step,
@@ -326,6 +330,7 @@ class TrainingRun:
             lr=rate,
             grad_norm=report.grad_norm,
             cutoff=cutoff,
+            **drawn,
             tokens=self.tokens,
             tokens_per_s=tokens / max(seconds, 1e-9),
             wall_s=self.wall_s,

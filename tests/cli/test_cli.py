@@ -22,7 +22,8 @@ OPTIONS = re.findall(
 --data.revision --data.subset --data.train --data.train_on_prompt --data.train_split
 --data.validation --data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
---objective --objective.bridge --objective.checkpoint --objective.first_cutoff
+--objective --objective.auxiliary --objective.auxiliary_k --objective.auxiliary_window
+--objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
 --optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
