@@ -22,8 +22,10 @@ from fastadapt.kernels import device as devices
 from . import autograd
 from .autograd import SAVED_OPS, encode_and_decode, should_save
 from .codes import SMALL_ENTRIES, CodeLayout, plan_for
-from .penalty import L1, PENALTIES, Penalty
 from .reference import (
+    L1,
+    PENALTIES,
+    Penalty,
     SparseCodes,
     TranscoderOutput,
     TranscoderStats,

@@ -1,10 +1,12 @@
 """Reference of the transcoder op: dense PyTorch that follows the formulas.
 
     z = W_enc x + b_enc        a = activation(z)        out = residual + W_decᵀ a + b_dec
-    penalty = Σ_t w_t Σ_i φ(a_ti ‖W_dec,i‖₂)
+    penalty = Σ_t w_t Σ_i φ(u_ti)      u_ti = a_ti ‖W_dec,i‖₂
 
 Any device and any floating dtype; float64 for the oracles of tests. Autograd computes the
-gradients, except θ's.
+gradients, except θ's. Inside the op, φ is the argument `tanh_scale`: None is L1, ``φ(u) = u``; a
+number c is ``φ(u) = tanh(c u)``.
+
 Shape suffixes: S groups (rows ranked together by batch_topk), T tokens, D and E widths in and out,
 F features.
 """
@@ -54,6 +56,21 @@ class SparseCodes(NamedTuple):
         """Return the active entries of a dense a [N, F]."""
         tokens, features = a_NF.detach().nonzero(as_tuple=True)
         return cls(tokens, features, a_NF.detach()[tokens, features])
+
+
+#: Names for the argument ``penalty`` of :func:`fastadapt.kernels.transcoder.transcoder`.
+PENALTIES = ("l1", "tanh")
+
+
+class Penalty(NamedTuple):
+    """Sparsity penalty; see :func:`fastadapt.kernels.transcoder.transcoder`."""
+
+    kind: str = "l1"  #: one of :data:`PENALTIES`.
+    scale: float | None = None  #: c of ``tanh``; None for ``l1``.
+
+
+#: The penalty that is used if none is given.
+L1 = Penalty()
 
 
 class TranscoderOutput(NamedTuple):

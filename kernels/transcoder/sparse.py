@@ -24,12 +24,14 @@ from .codes import (
     prefers_dense,
     sparse_codes,
 )
-from .penalty import dense_costs, dense_gradients, slopes_
 from .products import decode_dense, gather_sum, norms, sampled_product, segment_sum, segments
 from .reference import TranscoderStats, accumulator
 
 # Rows counted at once: a product of ones and zeros is eight times faster than a sum of booleans.
 COUNTED_ROWS = 128
+# Entries of a dense a whose penalties are computed at once: few enough to stay in a cache and to
+# need no buffer of a's size, and many enough for calls of torch.
+ENTRIES = 2**18
 
 
 def encode(
@@ -157,7 +159,7 @@ def decode(
         if tanh_scale is None:
             penalty_N = a_NF.to(norm_F.dtype) @ norm_F
         else:
-            penalty_N = dense_costs(a_NF, norm_F, tanh_scale)
+            penalty_N = _dense_costs(a_NF, norm_F, tanh_scale)
         penalty = penalty_N.sum() if weight_N is None else penalty_N @ weight_N
         return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE), penalty
     live = codes.live()
@@ -237,7 +239,7 @@ def decode_backward(
         a_NF = codes.values.view(-1, F)
         cost_NF = None
         if c is not None and tanh_scale is not None:
-            cost_NF, spent_F = dense_gradients(c, a_NF, norm_F, weight_N, tanh_scale)
+            cost_NF, spent_F = _dense_gradients(c, a_NF, norm_F, weight_N, tanh_scale)
         if need_values:
             if cost_NF is None:
                 da = _dense_da(g_NE, c, a_NF, W_dec_FE, norm_F, weight_N)
@@ -296,6 +298,48 @@ def _dense_da(
     if g_NE is None:
         return cost.expand_as(a_NF).clone()
     return torch.addmm(cost, g_NE, W_dec_FE.T)
+
+
+def slopes_(u: Tensor, tanh_scale: float) -> Tensor:
+    """Replace u by ``φ'(u) = c / cosh²(c u)``, in place.
+
+    ``1 - tanh²`` would cancel where the penalty saturates. There, cosh overflows to infinity and
+    the slope is 0.
+    """
+    return u.mul_(tanh_scale).cosh_().reciprocal_().square_().mul_(tanh_scale)
+
+
+def _dense_costs(a_NF: Tensor, norm_F: Tensor, tanh_scale: float) -> Tensor:
+    """Return each token's ``Σ_i tanh(c u_ti)`` [N], in the norms' dtype."""
+    cost_N, n = norm_F.new_empty(len(a_NF)), _rows_at_once(norm_F)
+    for a_nF, cost_n in zip(a_NF.split(n), cost_N.split(n), strict=True):
+        u_nF = a_nF.to(norm_F.dtype) * norm_F
+        torch.sum(u_nF.mul_(tanh_scale).tanh_(), 1, out=cost_n)
+    return cost_N
+
+
+def _dense_gradients(
+    c: Tensor, a_NF: Tensor, norm_F: Tensor, weight_N: Tensor | None, tanh_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``c w_t φ'(u_ti) ‖W_dec,i‖`` [N, F] in a's dtype, and ``Σ_t w_t φ'(u_ti) a_ti`` [F].
+
+    `c` is the gradient of the penalty.
+    """
+    cost_NF, spent_F = torch.empty_like(a_NF), torch.zeros_like(norm_F)
+    by_norm_F, n = c * norm_F, _rows_at_once(norm_F)
+    for start in range(0, len(a_NF), n):
+        rows = slice(start, start + n)
+        a_nF = a_NF[rows].to(norm_F.dtype)
+        slope_nF = slopes_(a_nF * norm_F, tanh_scale)
+        if weight_N is not None:
+            slope_nF *= weight_N[rows, None]
+        spent_F += (slope_nF * a_nF).sum(0)
+        cost_NF[rows] = slope_nF.mul_(by_norm_F)
+    return cost_NF, spent_F
+
+
+def _rows_at_once(norm_F: Tensor) -> int:
+    return max(1, ENTRIES // max(1, len(norm_F)))
 
 
 def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:

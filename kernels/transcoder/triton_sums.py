@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import GPU_PIECE, Codes
+from .triton_dense import penalty_of, penalty_slope
 from .triton_encode import last_contiguous
-from .triton_penalty import penalty_of, penalty_slope
 
 # A program sums whole rows where it can, few codes at a time: all codes of a column then belong to
 # one thread, and the loops need neither barriers nor shared memory.

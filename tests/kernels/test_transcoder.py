@@ -14,7 +14,6 @@ from transcoder_cases import DTYPES, PLANS, Case, draw_inputs, run, tanh
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, sparse, transcoder
-from fastadapt.kernels.transcoder import penalty as penalties
 
 VARIANTS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
 STATS = ("n_active", "feature_counts", "n_tokens", "min_active", "n_codes")
@@ -491,11 +490,10 @@ def test_a_penalty_without_its_slope_is_noticed(
         torch.zeros_like(leaves["residual"]),
         torch.tensor(1.0),
     )
-    monkeypatch.setattr(penalties, "ENTRIES", 3 * 6)  # three tokens at once, and one at the end
+    monkeypatch.setattr(sparse, "ENTRIES", 3 * 6)  # three tokens at once, and one at the end
     (_, penalty, *_), oracle = run(*args, dtype=torch.float64, implementation="reference")
-    for slope, equal in ((penalties.slopes_, True), (lambda u, scale: u.fill_(scale), False)):
-        for module in (penalties, sparse):
-            monkeypatch.setattr(module, "slopes_", slope)
+    for slope, equal in ((sparse.slopes_, True), (lambda u, scale: u.fill_(scale), False)):
+        monkeypatch.setattr(sparse, "slopes_", slope)
         result, gradients = run(*args, dtype=torch.float64, implementation="sparse", plan=plan)
         torch.testing.assert_close(result.penalty, penalty)
         for name in ("x", "W_enc", "b_enc", "W_dec"):

@@ -42,9 +42,12 @@ def test_what_is_public_is_there() -> None:
     assert op.__all__ == [
         "ACTIVATIONS",
         "IMPLEMENTATIONS",
+        "L1",
+        "PENALTIES",
         "SAVED_OPS",
         "SMALL_ENTRIES",
         "CodeLayout",
+        "Penalty",
         "SparseCodes",
         "TranscoderOutput",
         "TranscoderStats",
