@@ -11,16 +11,9 @@ token. The losses (arXiv 2602.20904) are:
   is detached;
 - ``L_1 = λ Σ_l mean_t Σ_i φ(a_i ‖W_dec,i‖)``, with φ the identity in the paper.
 
-One more term, of weight 0 in the paper, trains dead features at one layer (AuxK, arXiv 2406.04093,
-with a local residual). With x the input of the layer's MLP on the *target's* stream,
-``e = MLP_target(x) - MLP_base(x) - A(x)`` without gradient, and a the k largest positive
-pre-activations of dead features:
-
-- ``L_aux = Σ_t ‖W_decᵀ a_t - e_t‖² / Σ_t ‖e_t‖²``; 0 if no feature is dead.
-
 The objective is defined per sequence and averaged over the sequences of a batch; a row of a packed
-batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE,
-L_1, L_aux and L0 count every token that is not padding.
+batch holds several sequences. KL counts the positions whose next token has a valid label. NMSE, L_1
+and L0 count every token that is not padding.
 
 Target and replacement pass through the layers side by side. From the cutoff on, the replacement
 stream and the target→adapter stream pass through the same blocks, as one batch. Its second half
@@ -52,7 +45,6 @@ from fastadapt.kernels.transcoder import (
     TranscoderStats,
     plan_for,
 )
-from fastadapt.models.adapted_mlp import DeadCall
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES, recomputed
 from fastadapt.models.replacement import Mode, ReplacementModel
@@ -88,14 +80,6 @@ class ObjectiveConfig:
             itself, or ``tanh``, ``tanh(c a_i ‖W_dec,i‖)``, which hardly shrinks strong features.
         penalty_scale: ``tanh`` only: c, > 0; 4 if not given. For weak features, ``tanh`` acts as
             ``l1`` with a weight of ``c·sparsity``.
-        auxiliary: weight of the auxiliary loss, which trains dead features on the residual of one
-            layer, drawn anew in each step. It needs ``adapter.activation`` ``topk``,
-            ``batch_topk`` or ``jumprelu``: a dead feature of ``relu`` has no positive
-            pre-activation to learn from.
-        auxiliary_k: number of dead features that may be active on a token in the auxiliary loss.
-            Null: half the model's width, and at most the number of features.
-        auxiliary_window: number of training tokens after which a feature that has not fired takes
-            part in the auxiliary loss. Null: ``run.dead_window``.
 
     Raises:
         UserError: an impossible value, or a setting that the penalty does not use.
@@ -112,12 +96,9 @@ class ObjectiveConfig:
     logits_dtype: str | None = None
     penalty: str = "l1"
     penalty_scale: float | None = None
-    auxiliary: float = 0.0
-    auxiliary_k: int | None = None
-    auxiliary_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "nmse", "bridge", "auxiliary"):
+        for name in ("sparsity", "nmse", "bridge"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
@@ -154,10 +135,6 @@ class ObjectiveConfig:
                 f"objective.logits_dtype must be null or one of {', '.join(DTYPES)}, "
                 f"got {self.logits_dtype!r}"
             )
-        for name in ("auxiliary_k", "auxiliary_window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"objective.{name} must be >= 1, or null, got {value}")
 
     def _check_target(self, l0: float) -> None:
         if not 0 < l0 < float("inf"):
@@ -167,18 +144,6 @@ class ObjectiveConfig:
                 "objective.l0: expected null with objective.sparsity_ramp "
                 f"{self.sparsity_ramp}, got {l0}; leave the ramp out, since a steered λ starts low"
             )
-
-
-class Auxiliary(NamedTuple):
-    """Layer at which dead features are trained in a step.
-
-    Attributes:
-        layer: index of the layer; see :func:`draw_layer`.
-        dead: bool [F] on the model's device, the layer's dead features.
-    """
-
-    layer: int
-    dead: Tensor
 
 
 class AdapterCall(NamedTuple):
@@ -237,18 +202,6 @@ def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) ->
     return random.Random(f"cutoff {seed} {step}").randint(config.first_cutoff, n_layers)
 
 
-def draw_layer(n_layers: int, seed: int, step: int) -> int:
-    """Draw the layer of an optimiser step's auxiliary loss, uniform on ``0..L-1``.
-
-    As the cutoff, the layer depends on (seed, step) only.
-
-    Example:
-        >>> draw_layer(4, seed=42, step=0) in (0, 1, 2, 3)
-        True
-    """
-    return random.Random(f"auxiliary {seed} {step}").randrange(n_layers)
-
-
 def _run_block(
     model: ReplacementModel,
     layer: int,
@@ -259,15 +212,15 @@ def _run_block(
     padding: Tensor | None = None,
     plan: CodeLayout | None = None,
     penalty: Penalty = L1,
-    dead: DeadCall | None = None,
-) -> tuple[Tensor, Tensor | None, TranscoderStats | None, Tensor | None]:
-    given = {"mask": mask, "padding": padding, "plan": plan, "penalty": penalty, "dead": dead}
-    out, aux = model.block(layer, hidden, arguments, mode, **given)
-    return (out, None, None, None) if aux is None else (out, aux.penalty, aux.stats, aux.estimate)
+) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
+    out, aux = model.block(
+        layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan, penalty=penalty
+    )
+    return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
 
 
 class _Streams(NamedTuple):
-    """Result of a traversal: states before the final norm, terms of the loss, adapters' calls."""
+    """Result of a traversal: hidden states before the final norm, NMSE, and adapters' calls."""
 
     target: Tensor
     replacement: Tensor
@@ -276,7 +229,6 @@ class _Streams(NamedTuple):
     nmse: Tensor
     token_nmse: Tensor
     calls: list[AdapterCall]
-    auxiliary: Tensor | None
 
 
 def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> CodeLayout:
@@ -318,7 +270,6 @@ def _traverse(
     tokens_BT: Tensor,
     codes_per_token: Sequence[float] | None,
     policies: Sequence[str],
-    auxiliary: Auxiliary | None,
 ) -> _Streams:
     """Run every block once per stream and compute the NMSE of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
@@ -341,7 +292,6 @@ def _traverse(
     nmse_sum, token_sum = zero, zero  # both models have the same embeddings: that term is 0
     calls: list[AdapterCall] = []
     phi = Penalty(config.penalty, config.penalty_scale)
-    auxiliary_loss: Tensor | None = None
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
         if forked and layer == cutoff:
@@ -350,29 +300,20 @@ def _traverse(
         inputs, mask, pad = (
             (double, double_mask, double_padding) if forked else (single, tokens_BT, padding)
         )
-        dead, residual = None, None
-        if auxiliary is not None and layer == auxiliary.layer:
-            h, residual = model.target_block(layer, h, single.arguments[layer], padding)
-            k = config.auxiliary_k or min(max(model.d_model // 2, 1), model.n_features)
-            dead = DeadCall(residual.x, auxiliary.dead, k, padding)
-        else:
-            with torch.no_grad():
-                h, _ = model.block(layer, h, single.arguments[layer], "target")
+        with torch.no_grad():
+            h, _ = model.block(layer, h, single.arguments[layer], "target")
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
-        run = partial(run, mask=mask, padding=pad, plan=plan, penalty=phi, dead=dead)
+        run = partial(run, mask=mask, padding=pad, plan=plan, penalty=phi)
         modules = model.saving_modules(layer, "replacement")
-        h_rep, penalty, counts, estimate = recomputed(policies[layer], run, h_rep, modules=modules)
+        h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, modules=modules)
         if penalty is not None and counts is not None:
             calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             modules = model.saving_modules(layer, "target")
-            bridge, *_ = recomputed(policies[layer], run, bridge, modules=modules)
+            bridge, _, _ = recomputed(policies[layer], run, bridge, modules=modules)
         model.reshard_layer(layer)
-        if auxiliary is not None and residual is not None:
-            mean, _ = _mean_nmse(estimate, residual.error, real, tokens_BT, batch.packing)
-            auxiliary_loss = torch.where(auxiliary.dead.any(), mean, 0)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
         of_sequences, of_tokens = _mean_nmse(free, h, real, tokens_BT, batch.packing)
@@ -385,7 +326,6 @@ def _traverse(
         nmse=nmse_sum / (n_layers + 1),
         token_nmse=token_sum / (n_layers + 1),
         calls=calls,
-        auxiliary=auxiliary_loss,
     )
 
 
@@ -397,7 +337,6 @@ def objective(
     codes_per_token: Sequence[float] | None = None,
     policies: Sequence[str] | None = None,
     sparsity: float | None = None,
-    auxiliary: Auxiliary | None = None,
 ) -> ObjectiveOutput:
     """Return the loss of a batch and all its terms, computed in one traversal.
 
@@ -416,19 +355,14 @@ def objective(
             :data:`fastadapt.models.recompute.POLICIES` per layer. None: ``config.checkpoint`` in
             every layer. No policy changes a bit of the result.
         sparsity: λ of this step. None: ``config.sparsity``.
-        auxiliary: layer and dead features of the auxiliary loss; needed if ``config.auxiliary`` is
-            above 0, otherwise not read.
 
     Returns:
         The loss; its terms ``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
-        bridge_target_to_adapter, sparsity, auxiliary, l0, top1_error``; and the call of every
-        layer's adapter. ``auxiliary`` is without its weight, and the calls do not count the dead
-        features that are active in it. A bridge that does not exist is absent, as is an auxiliary
-        loss of weight 0. A baseline has no sparsity, no L0 and no calls.
+        bridge_target_to_adapter, sparsity, l0, top1_error``; and the call of every layer's adapter.
+        A bridge that does not exist is absent. A baseline has no sparsity, no L0 and no calls.
 
     Raises:
-        ValueError: the cutoff lies outside 0..L, ``policies`` has not one entry per layer, or
-            ``auxiliary`` is missing.
+        ValueError: the cutoff lies outside 0..L, or ``policies`` has not one entry per layer.
     """
     if not 0 <= cutoff <= model.n_layers:
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
@@ -436,15 +370,9 @@ def objective(
         policies = [config.checkpoint] * model.n_layers
     if len(policies) != model.n_layers:
         raise ValueError(f"expected {model.n_layers} policies, one per layer, got {len(policies)}")
-    if config.auxiliary == 0:
-        auxiliary = None
-    elif auxiliary is None:
-        raise ValueError(f"auxiliary: expected a layer, since its weight is {config.auxiliary}")
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
     tokens_BT, predictions_BT = token_weights(batch, wide)
-    streams = _traverse(
-        model, batch, cutoff, config, tokens_BT, codes_per_token, policies, auxiliary
-    )
+    streams = _traverse(model, batch, cutoff, config, tokens_BT, codes_per_token, policies)
 
     forked = streams.adapter_to_target is not None
     # Each stream with the mode of its last block, which selects the final norm.
@@ -482,9 +410,6 @@ def objective(
         n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
         sparse["l0"] = n_active.to(wide) / n_tokens.clamp(min=1)
         loss = loss + sparse["sparsity"]
-    if streams.auxiliary is not None:
-        sparse["auxiliary"] = streams.auxiliary
-        loss = loss + config.auxiliary * streams.auxiliary
     if bridges:
         loss = loss + config.bridge * torch.stack(bridges).sum()
     metrics |= {

@@ -34,14 +34,11 @@ class Aux(NamedTuple):
         penalty: 0-d, the sparsity penalty of the activations; L1 if the call names no other.
         stats: counts over the tokens.
         codes: the sparse activations, if requested.
-        estimate: ``[..., d_out]``, dead features' estimate of a residual, if requested of a block
-            (:meth:`fastadapt.TranscoderAdapter.estimate_residual`).
     """
 
     penalty: Tensor
     stats: TranscoderStats
     codes: SparseCodes | None = None
-    estimate: Tensor | None = None
 
 
 class SparseCoder(nn.Module):

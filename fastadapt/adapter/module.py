@@ -20,15 +20,7 @@ from fastadapt.adapter.coder import Aux, SparseCoder
 from fastadapt.adapter.hooks import MLP_HOOKS
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import (
-    ACTIVATIONS,
-    IMPLEMENTATIONS,
-    L1,
-    CodeLayout,
-    Penalty,
-    plan_for,
-    transcoder,
-)
+from fastadapt.kernels.transcoder import ACTIVATIONS, IMPLEMENTATIONS, L1, CodeLayout, Penalty
 
 N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
@@ -246,61 +238,3 @@ class TranscoderAdapter(SparseCoder):
             ``[..., d_out]`` in x's dtype.
         """
         return self._run_alone(x, residual, None, dense)
-
-    def estimate_residual(
-        self, x: Tensor, dead: Tensor, k: int, padding: Tensor | None = None
-    ) -> Tensor:
-        """Return ``W_decᵀ a``; a holds the `k` largest positive pre-activations of dead features.
-
-        Other features get gradients of exactly 0, and ``b_dec`` gets none. The shapes of all
-        tensors are the same for any number of dead features, and no call waits for the device.
-
-        Args:
-            x: ``[..., d_in]``.
-            dead: bool ``[F]``.
-            k: largest number of dead features that are active on a token, in 0..F.
-            padding: bool of x's leading shape, true at padding, where the result is 0.
-
-        Returns:
-            ``[..., d_out]`` in x's dtype; 0 if no feature is dead.
-
-        Example:
-            >>> import torch
-            >>> from fastadapt import AdapterConfig, TranscoderAdapter
-            >>> adapter = TranscoderAdapter(2, AdapterConfig(n_features=2))
-            >>> with torch.no_grad():
-            ...     for weight in (adapter.W_enc, adapter.W_dec):
-            ...         _ = weight.copy_(torch.eye(2))
-            >>> adapter.estimate_residual(torch.ones(1, 2), torch.tensor([True, False]), 1).tolist()
-            [[1.0, 0.0]]
-        """
-        return transcoder(
-            x,
-            self.W_enc,
-            self.b_enc.masked_fill(~dead, -math.inf),
-            self.W_dec,
-            self.W_dec.new_zeros(self.d_out),
-            activation="topk",
-            k=k,
-            padding=padding,
-            plan=self._plan_at_most(k, x),
-            implementation=self.config.implementation,
-        ).out
-
-    @torch.no_grad()
-    def apply_within_bounds(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Return ``A(x)`` without gradient, whatever the number of codes, and without waiting.
-
-        Args:
-            x: ``[..., d_in]``.
-            padding: bool of x's leading shape, true at padding, where the result is ``b_dec``.
-        """
-        plan = self._plan_at_most(self._kernel().get("k"), x)
-        return self._run(x, None, None, padding, plan, False)[0]
-
-    def _plan_at_most(self, k: float | None, x: Tensor) -> CodeLayout:
-        """Return a layout for a call on x with at most `k` codes per token; None: any number."""
-        if k is None:
-            return CodeLayout(dense=True)
-        n_tokens = x.shape[:-1].numel()
-        return plan_for(k, n_tokens, self.n_features, x.dtype, x.device.type)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,56 +22,16 @@ Mode = Literal["target", "hybrid", "replacement"]
 MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
 
 
-class Residual(NamedTuple):
-    """What a replacement MLP lacks on the target's stream, without gradient.
-
-    Attributes:
-        x: input of the target's MLP, ``[..., D]``.
-        error: output of the target's MLP minus that of the replacement's on ``x``, ``[..., D]``.
-    """
-
-    x: Tensor
-    error: Tensor
-
-
-class DeadCall(NamedTuple):
-    """Call of an adapter's dead features; see :meth:`TranscoderAdapter.estimate_residual`.
-
-    Attributes:
-        x: ``[..., D]``.
-        dead: bool ``[F]``.
-        k: largest number of dead features on a token.
-        padding: bool, x's leading shape; None is no padding.
-    """
-
-    x: Tensor
-    dead: Tensor
-    k: int
-    padding: Tensor | None
-
-
 @dataclass
 class Call:
-    """Arguments for one call of a block's MLP, and what the MLP returned beside its output.
-
-    Attributes:
-        mask, padding, plan, return_codes, penalty: arguments of the adapter, in the mode
-            ``replacement``.
-        dead: call of the dead features alone, in the mode ``replacement``.
-        needs_residual: whether the mode ``target`` sets ``residual``.
-        aux: second result of the adapter.
-        residual: set in the mode ``target``, if needed.
-    """
+    """Adapter arguments for one call of a block, and the :class:`Aux` that the adapter returned."""
 
     mask: Tensor | None
     padding: Tensor | None
     plan: CodeLayout | None
     return_codes: bool = False
     penalty: Penalty = L1
-    dead: DeadCall | None = None
-    needs_residual: bool = False
     aux: Aux | None = None
-    residual: Residual | None = None
 
 
 class AdaptedMLP(nn.Module):
@@ -108,10 +68,7 @@ class AdaptedMLP(nn.Module):
                     "this checkpoint does not hold the target's MLPs; expected mode hybrid or "
                     "replacement, got target"
                 )
-            of_target: Tensor = self.target(x)
-            if self.call is not None and self.call.needs_residual:
-                self.call.residual = self._residual(x, of_target, self.call.padding)
-            return of_target
+            return self.target(x)
         if self.mode == "hybrid":
             return self.base(x)
         if not isinstance(self.adapter, TranscoderAdapter):
@@ -135,18 +92,7 @@ class AdaptedMLP(nn.Module):
             return_codes=call.return_codes,
             penalty=call.penalty,
         )
-        if call.dead is not None:
-            estimate = self.adapter.estimate_residual(*call.dead)
-            out, estimate = _Joined.apply(out, estimate)
-            call.aux = call.aux._replace(estimate=estimate)
         return out + self.base(x) if self.adapter.config.base_mlp else out
-
-    @torch.no_grad()
-    def _residual(self, x: Tensor, target: Tensor, padding: Tensor | None) -> Residual:
-        """Return what the mode ``replacement`` lacks to the target's output on ``x``."""
-        assert isinstance(self.adapter, TranscoderAdapter)
-        error = target - self.adapter.apply_within_bounds(x, padding)
-        return Residual(x, error - self.base(x) if self.adapter.config.base_mlp else error)
 
     def _dense_in_capture(self, x: Tensor) -> bool | None:
         """Return True to force dense products in a CUDA graph's capture, which forbids a sync.
@@ -158,22 +104,6 @@ class AdaptedMLP(nn.Module):
         assert isinstance(self.adapter, TranscoderAdapter)
         small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
         return True if torch.cuda.is_current_stream_capturing() and not small else None
-
-
-class _Joined(torch.autograd.Function):
-    """Return two tensors; their gradients go on together, once both are known.
-
-    FSDP gathers a block's weights for the backward pass when the gradient of the block's output is
-    known. A result beside the output must not pass its gradient to the weights before.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return a.view_as(a), b.view_as(b)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastadapt.adapter.module import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import L1, CodeLayout, Penalty, SparseCodes
-from fastadapt.models.adapted_mlp import AdaptedMLP, Call, DeadCall, Mode, Residual, in_mode
+from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     Baseline,
     LoraConfig,
@@ -251,7 +251,6 @@ class ReplacementModel(nn.Module):
         plan: CodeLayout | None = None,
         return_codes: bool = False,
         penalty: Penalty = L1,
-        dead: DeadCall | None = None,
     ) -> tuple[Tensor, Aux | None]:
         """Run block ``layer`` (0-based) in the given mode on hidden states ``[B, T, D]``.
 
@@ -265,39 +264,17 @@ class ReplacementModel(nn.Module):
             mode: the mode of the block's MLP.
             mask, padding, plan, return_codes, penalty: arguments of
                 :meth:`TranscoderAdapter.forward`.
-            dead: in the mode ``replacement``: call of the dead features alone, whose result is
-                ``estimate`` of the aux.
 
         Returns:
             The new hidden states ``[B, T, D]`` and the adapter's aux, which is None for baselines
             and for modes other than ``replacement``.
         """
-        call = Call(mask, padding, plan, return_codes, penalty, dead)
-        return self._run_block(layer, hidden, arguments, mode, call), call.aux
-
-    @torch.no_grad()
-    def target_block(
-        self, layer: int, hidden: Tensor, arguments: dict[str, Any], padding: Tensor | None
-    ) -> tuple[Tensor, Residual]:
-        """Run block ``layer`` in the mode ``target``; also return what the replacement's MLP lacks.
-
-        Args:
-            layer, hidden, arguments: as in :meth:`block`.
-            padding: bool ``[B, T]``, true at padding; None is no padding.
-        """
-        call = Call(None, padding, None, needs_residual=True)
-        out = self._run_block(layer, hidden, arguments, "target", call)
-        assert call.residual is not None
-        return out, call.residual
-
-    def _run_block(
-        self, layer: int, hidden: Tensor, arguments: dict[str, Any], mode: Mode, call: Call
-    ) -> Tensor:
         block = self.blocks[layer]
+        call = Call(mask, padding, plan, return_codes, penalty)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.call_context(mode, call):
             out: Tensor = block(hidden, **arguments)
-        return out
+        return out, call.aux
 
     @torch.no_grad()
     def features(self, text: str | Sequence[int] | Tensor) -> list[SparseCodes]:

@@ -159,8 +159,6 @@ class TrainConfig:
             )
         if self.objective.l0 is not None:
             self._check_target(self.objective.l0)
-        if self.objective.auxiliary:
-            _check_auxiliary(self.objective, trains, adapter)
         if self.data.pack is not None:
             size, activation = self.optimizer.batch_size, adapter.activation
             if size == 1:
@@ -403,27 +401,6 @@ def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
                 f"adapter.{field.name} is a setting of transcoders, not used with "
                 f"run.trains={trains!r}: expected {field.default}, got {value!r}; leave it out"
             )
-
-
-def _check_auxiliary(objective: ObjectiveConfig, trains: str, adapter: AdapterConfig) -> None:
-    """Refuse an auxiliary loss of adapters whose dead features it cannot train."""
-    weight, k = objective.auxiliary, objective.auxiliary_k
-    if trains != "transcoder":
-        raise UserError(
-            f"objective.auxiliary: expected 0, since run.trains {trains!r} has no features, "
-            f"got {weight}"
-        )
-    if adapter.activation == "relu":
-        raise UserError(
-            "objective.auxiliary: expected 0 with adapter.activation relu, whose dead features "
-            f"have no positive pre-activation to learn from, got {weight}; give topk, batch_topk "
-            "or jumprelu as adapter.activation"
-        )
-    if k is not None and k > adapter.features:
-        raise UserError(
-            f"objective.auxiliary_k: expected at most the {adapter.features} features of a layer "
-            f"(adapter.n_features), got {k}"
-        )
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

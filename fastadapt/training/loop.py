@@ -22,7 +22,7 @@ from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.distributed.sharding import whole_adapters
 from fastadapt.errors import RunError
 from fastadapt.models.replacement import ReplacementModel
-from fastadapt.objective import Auxiliary, draw_cutoff, draw_layer, objective
+from fastadapt.objective import draw_cutoff, objective
 from fastadapt.training import finalize, run_dir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
@@ -250,25 +250,15 @@ class TrainingRun:
         # All batches first: a copy to the device waits for the device's queued work.
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
         policies = self._policies(micro_batches, cutoff, expected)
-        auxiliary = self._auxiliary()
         for (_, weight), (batch, tokens), saved in zip(shares, batches, policies, strict=True):
             fixed = self.model, batch, cutoff, self.config.objective
-            this_step = {"sparsity": sparsity, "auxiliary": auxiliary}
-            out = objective(*fixed, expected, policies=saved, **this_step)
+            out = objective(*fixed, expected, policies=saved, sparsity=sparsity)
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
         gathered.combine(len(micro_batches))
         norm = self.optimizer.gradient_norm()
         self.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
         return gathered, norm, gathered.report(norm, self.dead.per_layer())
-
-    def _auxiliary(self) -> Auxiliary | None:
-        """Return layer and dead features of this step's auxiliary loss; None at weight 0."""
-        config = self.config.objective
-        if config.auxiliary == 0:
-            return None
-        layer = draw_layer(self.model.n_layers, self.config.run.seed, self.step)
-        return Auxiliary(layer, self.dead.mask(layer, config.auxiliary_window))
 
     def _policies(
         self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
@@ -320,10 +310,6 @@ class TrainingRun:
     def _record_step(self, report: StepReport, rate: float, cutoff: int, weight: float) -> None:
         tokens, seconds = self._since_log
         self._since_log = [0, 0.0]
-        drawn = {}
-        if self.config.objective.auxiliary:
-            layer = draw_layer(self.model.n_layers, self.config.run.seed, self.step - 1)
-            drawn["auxiliary_layer"] = layer
         self.log.write(
             "train",
             self.step,
@@ -334,7 +320,6 @@ class TrainingRun:
             grad_norm=report.grad_norm,
             cutoff=cutoff,
             **self.sparsity.record(weight),
-            **drawn,
             tokens=self.tokens,
             tokens_per_s=tokens / max(seconds, 1e-9),
             wall_s=self.wall_s,

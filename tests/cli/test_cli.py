@@ -22,8 +22,7 @@ OPTIONS = re.findall(
 --data.revision --data.subset --data.train --data.train_on_prompt --data.train_split
 --data.validation --data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
---objective --objective.auxiliary --objective.auxiliary_k --objective.auxiliary_window
---objective.bridge --objective.checkpoint --objective.first_cutoff
+--objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.l0 --objective.logits_dtype --objective.nmse
 --objective.penalty --objective.penalty_scale --objective.sparsity --objective.sparsity_ramp
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip

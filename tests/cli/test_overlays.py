@@ -83,7 +83,7 @@ def test_the_older_option_adapter_kind_is_accepted(
 
 
 def test_every_overlay_of_a_preset_has_both() -> None:
-    known = ["bias", "dense", "lora", "no-bridge", "norms", "skyline", "whole-mlp"]
+    known = ["best", "bias", "dense", "lora", "no-bridge", "norms", "skyline", "whole-mlp"]
     assert overlay_names() == known
     for path in OVERLAYS.glob("*/*.yaml"):
         assert path.parent.name in preset_names()

@@ -50,9 +50,6 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "objective.penalty": [("l0", "l1, tanh")],
     "objective.penalty_scale": [(4.0, "not used")],
     "objective.kl_chunk_tokens": [(0, "")],
-    "objective.auxiliary": [(-0.1, ">= 0"), (math.inf, ">= 0")],
-    "objective.auxiliary_k": [(0, ">= 1, or null")],
-    "objective.auxiliary_window": [(0, ">= 1, or null")],
     "data.max_tokens": [(1, "at least 2")],
     "data.max_validation": [(0, "at least 1")],
     "data.family": [("llama", "qwen")],
@@ -74,25 +71,6 @@ def test_impossible_values(
 def test_k_beyond_the_features(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match=r"adapter\.k"):
         from_dict({"activation": "topk", "k": 49, "n_features": 48}, _kind("adapter"), "adapter.")
-
-
-def test_an_auxiliary_loss_that_cannot_train_features_is_refused(
-    tiny_config: Callable[..., TrainConfig],
-) -> None:
-    on = {"objective.auxiliary": 0.03}
-    topk = {**on, "adapter.activation": "topk", "adapter.k": 4}
-    assert tiny_config(**topk, **{"objective.auxiliary_k": 48}).objective.auxiliary == 0.03
-    with pytest.raises(
-        UserError, match=r"objective\.auxiliary: .* adapter\.activation relu, whose"
-    ):
-        tiny_config(**on)
-    with pytest.raises(UserError, match=r"auxiliary_k: expected at most the 48 features .*got 49"):
-        tiny_config(**topk, **{"objective.auxiliary_k": 49})
-    baseline = {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0}
-    with pytest.raises(
-        UserError, match=r"objective\.auxiliary: expected 0, since run\.trains 'mlp'"
-    ):
-        tiny_config(**on, **baseline)
 
 
 def _kind(section: str) -> type:

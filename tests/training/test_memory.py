@@ -17,7 +17,7 @@ from fastadapt.models.pair import DTYPES
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
 from fastadapt.training.config import TrainConfig, from_dict
-from fastadapt.training.planning.flops import Setup, auxiliary_at, fake_pair
+from fastadapt.training.planning.flops import Setup, fake_pair
 from fastadapt.training.planning.live_bytes import LiveBytes
 from fastadapt.training.planning.memory import StepMemory, step_memory
 
@@ -97,28 +97,6 @@ def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_the_plan_of_an_auxiliary_loss_matches_its_worst_layer(policy: str) -> None:
-    """At most 2% above, and the loss needs memory that a plan without it does not have."""
-    config = run_config(policy)
-    weights = dataclasses.replace(config.objective, auxiliary=0.03)
-    adapter = AdapterConfig(8192, "topk", k=32)
-    config = dataclasses.replace(config, adapter=adapter, objective=weights)
-    memory = step_memory(config, QWEN, TOKENS, "cuda")
-    planned_forward, planned_backward = peaks(memory)
-    by_layer = [
-        measure(config, QWEN, memory.parts, TOKENS, dense, auxiliary=layer)
-        for layer in (0, 1, LAYERS - 1)
-        for dense in (False, True)
-    ]
-    forward, backward = (max(each) for each in zip(*by_layer, strict=True))
-    assert forward <= planned_forward <= 1.02 * forward + memory.parts["logits of a chunk"]
-    assert backward <= planned_backward <= 1.02 * backward
-    without = dataclasses.replace(config, objective=run_config(policy).objective)
-    assert peaks(step_memory(without, QWEN, TOKENS, "cuda"))[1] < backward
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize(
     ("model", "tokens"),
     [pytest.param(GEMMA, 4000, id="gemma2"), pytest.param(QWEN, 3000, id="qwen2")],
@@ -169,7 +147,6 @@ def measure(
     dense: bool,
     cutoff: int = 1,
     policies: Sequence[str] | None = None,
-    auxiliary: int | None = None,
 ) -> tuple[int, int]:
     """The most bytes alive in a step's forward and in its backward pass, without moments."""
     setup = Setup(model_config, config.pair, config.trained, config.objective, 1, tokens)
@@ -185,8 +162,7 @@ def measure(
             for parameter in model.parameters():
                 live.see(parameter.data)
             live.peak = weights = live.alive
-            batch, at = Batch(ids, None, ids), auxiliary_at(model, auxiliary)
-            out = objective(model, batch, cutoff, config.objective, codes, policies, at)
+            out = objective(model, Batch(ids, None, ids), cutoff, config.objective, codes, policies)
             forward, live.peak = live.peak, live.alive
             out.loss.backward()
             backward, after = live.peak, live.alive

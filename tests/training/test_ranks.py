@@ -196,12 +196,6 @@ VARIANTS: dict[str, dict] = {
     "no checkpointing": {"objective.checkpoint": "none", "optimizer.accumulation": 8},
     "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
     "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
-    "auxiliary": {
-        "adapter.activation": "topk",
-        "adapter.k": 1,
-        "objective.auxiliary": 0.3,
-        "objective.auxiliary_window": 40,
-    },
 }
 
 

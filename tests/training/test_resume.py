@@ -67,15 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data.pack": 48,
         "data.workers": 1,
     },
-    "auxiliary": {
-        "adapter.activation": "batch_topk",
-        "adapter.k": 1,
-        "objective.auxiliary": 0.3,
-        "objective.auxiliary_window": 40,
-        "objective.checkpoint": "mlp",
-        "optimizer.accumulation": 2,
-        "optimizer.epochs": 2,
-    },
     "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
     "norms": {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
 }

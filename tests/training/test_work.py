@@ -88,21 +88,6 @@ def test_a_layer_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_an_auxiliary_loss_by_hand() -> None:
-    """The base's MLP and the adapter on the target's stream, and dead features there and back."""
-    few = AdapterConfig(F, "topk", k=10)
-    setup = dataclasses.replace(paper(checkpoint="none", bridge=0, auxiliary=0.03), trained=few)
-    more = count(setup, 2, 0, 10.0, auxiliary=1) - count(setup, 2, 0, 10.0)
-    mlp, product = 3 * 2 * T * D * INNER, 2 * T * D * F
-    # Encoder of A; encoder and decoder of dead features; gradients of W_enc, W_dec and the codes.
-    assert more == pytest.approx(mlp + (1 + 2 + 3) * product, rel=1e-2)
-
-    setup = dataclasses.replace(setup, tokens=300)
-    each = [count(setup, 3, 1, 10.0, auxiliary=layer) for layer in range(3)]
-    assert flops_per_step(setup, 3, 10.0) == pytest.approx(sum(each) / 3, rel=1e-12)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "mlp", "attention", "full"])
 def test_depth_and_cutoff_are_linear(policy: str) -> None:
     setup = dataclasses.replace(paper(checkpoint=policy), tokens=300)

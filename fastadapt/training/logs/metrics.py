@@ -173,10 +173,6 @@ class DeadFeatures:
         after = (self.since_LF + tokens).masked_fill(fired_LF, 0)
         self.since_LF = torch.where(counted, after, self.since_LF)
 
-    def mask(self, layer: int, window: int | None = None) -> Tensor:
-        """Return bool [F], the dead features of a layer; ``window`` replaces the counters' own."""
-        return self.since_LF[layer] >= (self.window if window is None else window)
-
     def per_layer(self) -> Tensor:
         """Return int64 [L], the dead features of each layer; [0] for a baseline."""
         return (self.since_LF >= self.window).sum(-1) if len(self.since_LF) else self.since_LF

@@ -29,7 +29,7 @@ from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.models.recompute import ATTENTION_OPS
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.low_rank import RANKS, attach_ranks, sharing_copy
-from fastadapt.objective import Auxiliary, ObjectiveConfig, objective
+from fastadapt.objective import ObjectiveConfig, objective
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,7 @@ def _shortened(config: Any, n_layers: int) -> Any:
     return type(config).from_dict({**values, "num_hidden_layers": n_layers})
 
 
-def auxiliary_at(model: ReplacementModel, layer: int | None) -> Auxiliary | None:
-    """Return an auxiliary loss at a layer, for a plan; the number of dead features changes none."""
-    if layer is None:
-        return None
-    return Auxiliary(layer, torch.ones(model.n_features, dtype=torch.bool))
-
-
-def count(
-    setup: Setup,
-    n_layers: int,
-    cutoff: int,
-    codes_per_token: float | None,
-    auxiliary: int | None = None,
-) -> float:
+def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | None) -> float:
     """Return the operations of one step, forward and backward, at one cutoff.
 
     Args:
@@ -122,15 +109,12 @@ def count(
         cutoff: k in 0..L.
         codes_per_token: expected codes per token of every layer, an argument of
             :func:`fastadapt.objective.objective`; F gives dense products in all layers.
-        auxiliary: layer of the auxiliary loss; None leaves that loss out.
     """
-    weights = setup.objective if auxiliary is not None else replace(setup.objective, auxiliary=0.0)
 
     def step(pair: ModelPair, batch: Batch) -> None:
         model = ReplacementModel.create(pair, setup.trained)
         expected = None if codes_per_token is None else [codes_per_token] * n_layers
-        dead = auxiliary_at(model, auxiliary)
-        objective(model, batch, cutoff, weights, expected, auxiliary=dead).loss.backward()
+        objective(model, batch, cutoff, setup.objective, expected).loss.backward()
 
     return count_of(setup, n_layers, step)
 
@@ -163,11 +147,10 @@ def flops_per_step(
     codes_per_token: float | None,
     policies: Callable[[int], Sequence[str]] | None = None,
 ) -> float:
-    """Return the operations of a step, averaged over the draws of the objective.
+    """Return the operations of a step, averaged over the cutoffs that the objective may draw.
 
-    The draws are the cutoff and the layer of the auxiliary loss. A step is summed from its layers:
-    models of two and three layers give the operations of a layer with and without bridges, of the
-    first layer together with the head, and of the auxiliary loss.
+    A step is summed from its layers: models of two and three layers give the operations of a layer
+    with and without bridges, and of the first layer together with the head.
 
     Args:
         setup: shapes and settings.
@@ -178,15 +161,9 @@ def flops_per_step(
     """
 
     @cache
-    def counted(policy: str, depth: int, cutoff: int, auxiliary: int | None = None) -> float:
+    def counted(policy: str, depth: int, cutoff: int) -> float:
         changed = replace(setup, objective=replace(setup.objective, checkpoint=policy))
-        return count(changed, depth, cutoff, codes_per_token, auxiliary)
-
-    def of_auxiliary(policy: str) -> float:
-        # The loss reads the target's stream, so that bridges do not change it.
-        if setup.objective.auxiliary == 0:
-            return 0.0
-        return counted(policy, 2, 0, 1) - counted(policy, 2, 0)
+        return count(changed, depth, cutoff, codes_per_token)
 
     def layer(policy: str, forked: bool) -> float:
         return counted(policy, 3, int(forked)) - counted(policy, 2, int(forked))
@@ -197,8 +174,7 @@ def flops_per_step(
         forks = cutoff if cutoff < n_layers else 0
         first, *others = chosen
         total = counted(first, 2, int(forks > 0)) - layer(first, forks > 0)
-        total += sum(layer(p, 0 < forks <= i) for i, p in enumerate(others, 1))
-        return total + sum(map(of_auxiliary, chosen)) / n_layers
+        return total + sum(layer(p, 0 < forks <= i) for i, p in enumerate(others, 1))
 
     cutoffs = range(setup.objective.first_cutoff, n_layers + 1)
     return sum(map(summed, cutoffs)) / len(cutoffs)

@@ -1,8 +1,7 @@
 """Memory of a training step, measured on fake tensors: no weight is read, no device is used.
 
 The objective runs forward and backward at the true shapes, on a model of four layers with the
-cutoff in the middle; with an auxiliary loss, again for two layers that may have it.
-:class:`LiveBytes` counts the tensors alive; the ops of
+cutoff in the middle. :class:`LiveBytes` counts the tensors alive; the ops of
 :mod:`fastadapt.kernels` declare the workspace that their code for the planned device allocates
 inside a call. A layer's bytes depend on its role (:data:`Role`) and on what it saves for the
 backward pass (:mod:`fastadapt.models.recompute`), and a step of any depth, with any cutoff and any
@@ -20,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from operator import sub
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,7 +35,7 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.optimizer import MOMENT_BYTES
-from fastadapt.training.planning.flops import Setup, auxiliary_at, fake_pair
+from fastadapt.training.planning.flops import Setup, fake_pair
 from fastadapt.training.planning.live_bytes import LiveBytes
 
 FP32 = 4  #: bytes
@@ -91,10 +89,10 @@ class LayerBytes(NamedTuple):
         backward: the most alive in the backward pass, beyond what this and earlier layers saved.
     """
 
-    saved: int = 0
-    codes: int = 0
-    forward: int = 0
-    backward: int = 0
+    saved: int
+    codes: int
+    forward: int
+    backward: int
 
 
 class MeasuredStep(NamedTuple):
@@ -110,7 +108,6 @@ class MeasuredStep(NamedTuple):
         behind_head: bytes alive after the head, beyond what the layers saved.
         layers: the layers by role.
         last: role of the last layer, whose backward pass starts beside the head's gradients.
-        auxiliary: bytes by which the auxiliary loss raises those of its layer, at most.
     """
 
     whole: int
@@ -122,7 +119,6 @@ class MeasuredStep(NamedTuple):
     behind_head: int
     layers: dict[Role, LayerBytes]
     last: Role
-    auxiliary: LayerBytes = LayerBytes()
 
 
 @dataclass(frozen=True)
@@ -221,16 +217,10 @@ def layers_of(
     return layers
 
 
-def sum_layers(
-    layers: Sequence[LayerBytes],
-    head: MeasuredStep,
-    fixed: FixedMemory,
-    auxiliary: LayerBytes,
-) -> StepBytes:
+def sum_layers(layers: Sequence[LayerBytes], head: MeasuredStep, fixed: FixedMemory) -> StepBytes:
     """Sum a step's bytes over its layers, layer 0 first.
 
-    In the backward pass gradients of layers replace what their forward pass saved. The auxiliary
-    loss is planned in the layer in which it needs the most.
+    In the backward pass gradients of layers replace what their forward pass saved.
     """
     alive = forward = backward = 0
     for i, layer in enumerate(layers):
@@ -240,11 +230,11 @@ def sum_layers(
         backward = max(backward, alive + layer.backward + gradients)
     weights = sum(fixed.weights.values())
     return StepBytes(
-        forward=weights + fixed.earlier + forward + max(auxiliary.saved, auxiliary.forward),
-        head=weights + fixed.earlier + alive + head.head + auxiliary.saved,
-        backward=weights + fixed.reduced + backward + auxiliary.saved + auxiliary.backward,
-        saved=alive + head.behind_head + auxiliary.saved,
-        codes=sum(layer.codes for layer in layers) + auxiliary.codes,
+        forward=weights + fixed.earlier + forward,
+        head=weights + fixed.earlier + alive + head.head,
+        backward=weights + fixed.reduced + backward,
+        saved=alive + head.behind_head,
+        codes=sum(layer.codes for layer in layers),
     )
 
 
@@ -280,8 +270,7 @@ def step_memory(
     fixed = FixedMemory.for_run(config, n_layers, one, ranks)
     of_layers = roles(config, n_layers, cutoff)
     summed = [(layers_of(each, of_layers, policies), each[policies[-1]]) for each in by_density]
-    auxiliary = largest([m.auxiliary for each in by_density for m in each.values()])
-    steps = [sum_layers(layers, head, fixed, auxiliary) for layers, head in summed]
+    steps = [sum_layers(layers, head, fixed) for layers, head in summed]
     parts = {
         **fixed.weights,
         "gradients": fixed.gradients,
@@ -306,11 +295,6 @@ def step_memory(
     )
 
 
-def largest(layers: Sequence[LayerBytes]) -> LayerBytes:
-    """Return the largest of each of the bytes."""
-    return LayerBytes(*map(max, zip(*layers, strict=True)))
-
-
 class _StepBytes(LiveBytes):
     """Bytes alive in a step of a model, with a peak for each part of the step.
 
@@ -330,14 +314,9 @@ class _StepBytes(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is _ops.nmse.default:  # the objective calls it last after every layer
+        if func is _ops.nmse.default:  # the objective calls it once after every layer
             self.end()
         return out
-
-    def join(self, part: int) -> None:
-        """Join a part and the next one, which an auxiliary loss parts."""
-        peak, _, _ = self.bounds.pop(part)
-        self.bounds[part] = (max(peak, self.bounds[part][0]), *self.bounds[part][1:])
 
     def end(self) -> None:
         """End a part of the step; start the next."""
@@ -376,41 +355,14 @@ def measure(
         loss = replace(loss, logits_dtype=None)
     setup = Setup(target, pair, adapter, loss, config.optimizer.batch_size, tokens)
     padded = setup.sequences > 1 or config.data.multiple(device) > 1
-    return [_measure_all(setup, device, codes, padded) for codes in by_density]
-
-
-def _measure_all(
-    setup: Setup, device: str, codes_per_token: float | None, padded: bool
-) -> MeasuredStep:
-    """Measure one step, with the bytes that an auxiliary loss adds."""
-    without = replace(setup, objective=replace(setup.objective, auxiliary=0.0))
-    measured = _measure(without, device, codes_per_token, padded)
-    if setup.objective.auxiliary == 0:
-        return measured
-    more = [LayerBytes()]
-    places: dict[int, Role] = {_LAYERS - 1: measured.last}
-    if "behind" in measured.layers:
-        places[1] = "before"
-    for layer, role in places.items():
-        raised = _measure(setup, device, codes_per_token, padded, layer).layers[role]
-        more.append(LayerBytes(*map(sub, raised, measured.layers[role])))
-    return measured._replace(auxiliary=largest(more))
+    return [_measure(setup, device, codes_per_token, padded) for codes_per_token in by_density]
 
 
 @lru_cache(maxsize=256)
 def _measure(
-    setup: Setup,
-    device: str,
-    codes_per_token: float | None,
-    padded: bool,
-    auxiliary: int | None = None,
+    setup: Setup, device: str, codes_per_token: float | None, padded: bool
 ) -> MeasuredStep:
-    """Measure one step of a fake model that has a layer of each role.
-
-    Args:
-        setup, device, codes_per_token, padded: what to measure.
-        auxiliary: layer of the auxiliary loss; None if its weight is 0.
-    """
+    """Measure one step of a fake model that has a layer of each role."""
     codes = None if codes_per_token is None else [codes_per_token] * _LAYERS
     shape = (setup.sequences, setup.tokens)
     with fake_pair(setup, _LAYERS) as pair:
@@ -426,8 +378,7 @@ def _measure(
             for parameter in model.parameters():
                 live.see(parameter.data)
             weights = live.peak = live.alive
-            dead = auxiliary_at(model, auxiliary)
-            out = objective(model, batch, _CUTOFF, setup.objective, codes, auxiliary=dead)
+            out = objective(model, batch, _CUTOFF, setup.objective, codes)
             live.end_head()
             out.loss.backward()
             live.end()
@@ -435,8 +386,6 @@ def _measure(
         frozen_block = block - mlp - _bytes(model.adapters[0])
         whole = weights - _bytes(model.adapters) - _LAYERS * (frozen_block + mlp)
         trained = tuple(sum(p.numel() for p in part.parameters()) for part in model.adapters)
-    if auxiliary is not None:
-        live.join(auxiliary)
     forward, (head, alive, _), backward = (
         live.bounds[:_LAYERS],
         live.bounds[_LAYERS],

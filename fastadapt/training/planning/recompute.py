@@ -24,7 +24,6 @@ from fastadapt.training.planning.memory import (
     FixedMemory,
     LayerBytes,
     MeasuredStep,
-    largest,
     layers_of,
     measure,
     roles,
@@ -155,10 +154,8 @@ class RecomputePlanner:
                 for is_dense, a, b in zip(dense, with_products, with_codes, strict=True)
             ]
         else:
-            layers = [largest(each) for each in zip(*by_density, strict=True)]
-        auxiliary = largest([m.auxiliary for p in set(policies) for m in measured[p]])
-        head, fixed = measured[policies[-1]][0], self._fixed_memory()
-        step = sum_layers(layers, head, fixed, auxiliary)
+            layers = [_largest(each) for each in zip(*by_density, strict=True)]
+        step = sum_layers(layers, measured[policies[-1]][0], self._fixed_memory())
         return max(step.forward, step.head, step.backward)
 
     def _dense(self, tokens: int, cutoff: int, codes_per_token: Sequence[float]) -> list[bool]:
@@ -212,5 +209,8 @@ def _between(short: MeasuredStep, long: MeasuredStep, share: float) -> MeasuredS
             role: LayerBytes(*map(mix, short.layers[role], layer))
             for role, layer in long.layers.items()
         },
-        auxiliary=LayerBytes(*map(mix, short.auxiliary, long.auxiliary)),
     )
+
+
+def _largest(layers: Sequence[LayerBytes]) -> LayerBytes:
+    return LayerBytes(*map(max, zip(*layers, strict=True)))

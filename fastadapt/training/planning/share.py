@@ -47,7 +47,7 @@ def measured_share(setup: Setup, device: Device) -> float | None:
         setup,
         tokens=tokens,
         sequences=max(1, min(setup.sequences, _TOKENS[device.kind] // tokens)),
-        objective=replace(setup.objective, checkpoint="none", auxiliary=0.0),
+        objective=replace(setup.objective, checkpoint="none"),
     )
     try:
         seconds = _seconds(small, device.kind)
