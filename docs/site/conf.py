@@ -42,7 +42,7 @@ SECTIONS = {
         "docs/serving",
         "docs/library",
     ),
-    "Results": ("docs/results", "docs/paper", "docs/state"),
+    "Results": ("docs/results", "docs/recipes", "docs/paper", "docs/state"),
     "Embedded pairs": (
         "fastadapt/organism/README",
         "fastadapt/organism/gated/README",

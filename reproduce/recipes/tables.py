@@ -16,7 +16,7 @@ _HEAD = """# Recipes
 Options of training, compared at equal L0 on two pairs. The first command trains what is missing
 and writes this page; every number is from its files.
 
-```bash
+```text
 python -m reproduce.recipes --page docs/recipes.md   # resumes after a stop
 python -m reproduce.recipes              # the same in a second terminal: shares the work
 python -m reproduce.recipes --summary    # only the tables, of what is measured so far
@@ -171,9 +171,11 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, str], command: str) -
         for key, pair in result["pairs"].items()
         if key in pictures
     ]
+    missing = [pair["title"] for pair in result["pairs"].values() if not pair["recipes"]]
     return "\n".join(
         [
             _HEAD.rstrip() + "\n",
+            *(f"Not measured yet: {title}.\n" for title in missing),
             *shown_pictures,
             as_markdown([*tables(result), trials_table()]),
             _facts(result, command),

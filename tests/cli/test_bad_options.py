@@ -40,7 +40,7 @@ CASES = [
     (
         "second preset",
         lambda d: d.train("quux"),
-        r"quux: no such preset\. Known: gated, organism.*; overlays: bias, dense, lora, no-bridge",
+        r"quux: no such preset\. Known: gated, organism.*; overlays: best, bias, dense",
     ),
     (
         "nearest overlay",

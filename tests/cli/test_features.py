@@ -261,7 +261,7 @@ def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
 OPTIONS = {
     "collect": """
 --after --batch_tokens --before --data --demeaned --device --dtype --kinds --max_tokens --n
---neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --split --top
+--neurons_per_token --output --overwrite --scales --seed --shard --snapshot_tokens --split --top
 --trust_remote_code --uniform
 """,
     "merge": """
@@ -300,8 +300,8 @@ OPTIONS = {
 --examples --json --kind --top
 """,
     "select": """
---alive --at --before --classes --difference --features --hesitation --intersection --overwrite
---promotes --random --seed --share --sql --template --times --top --union
+--alive --at --before --classes --difference --features --hesitation --intersection --origin
+--overwrite --promotes --random --seed --share --sql --template --times --top --union
 """,
     "sets": "",
     "intervene": """
