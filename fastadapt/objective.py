@@ -119,7 +119,7 @@ class ObjectiveConfig:
                 f"objective.first_cutoff (the smallest cutoff of the bridges) must be 0 or 1, got "
                 f"{self.first_cutoff}"
             )
-        _check_penalty(self.penalty, self.penalty_scale)
+        _check_penalty(self.penalty, self.penalty_scale, self.sparsity)
         if self.penalty == "tanh" and self.penalty_scale is None:
             # config.yaml must record the number: the default may change between versions.
             object.__setattr__(self, "penalty_scale", TANH_SCALE)
@@ -176,9 +176,14 @@ class ObjectiveOutput(NamedTuple):
     calls: list[AdapterCall]
 
 
-def _check_penalty(penalty: str, scale: float | None) -> None:
+def _check_penalty(penalty: str, scale: float | None, sparsity: float) -> None:
     if penalty not in PENALTIES:
         raise UserError(f"objective.penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    if penalty != "l1" and sparsity == 0:
+        raise UserError(
+            f"objective.penalty {penalty} has no weight with objective.sparsity 0; give "
+            "objective.sparsity, or omit objective.penalty"
+        )
     if scale is not None and penalty != "tanh":
         raise UserError(
             f"objective.penalty_scale is not used with penalty={penalty!r}, got {scale}; "

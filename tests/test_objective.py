@@ -242,6 +242,7 @@ def test_the_tanh_penalty_equals_the_naive_one(
     ("settings", "message"),
     [
         ({"penalty": "l0"}, r"objective\.penalty must be one of l1, tanh, got 'l0'"),
+        ({"penalty": "tanh", "sparsity": 0.0}, r"tanh has no weight with objective\.sparsity 0"),
         (
             {"penalty_scale": 4.0},
             r"objective\.penalty_scale is not used with penalty='l1', got 4\.0; omit",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
+from fastadapt.cli.console import print_table, quiet_transformers, say
 from fastadapt.effects.run import load_run
-from fastadapt.errors import RunError, UserError
 from fastadapt.graphs.evidence import EvidenceConfig
 from fastadapt.graphs.graph import GraphConfig
 from fastadapt.reporting.formatting import number
+from reproduce.command import run
 
 
 def main(argv: list[str]) -> int:
@@ -125,8 +124,4 @@ def _interval(value: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
+from fastadapt.cli.console import print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
+from reproduce.command import run
 
 
 def main(argv: list[str]) -> int:
@@ -142,8 +142,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from fastadapt.cli.console import print_error
-from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import disk_errors, replacing
+from reproduce.command import run
 from reproduce.paper.page import find, page, read
 
 
@@ -37,8 +35,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -11,8 +10,9 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
-from fastadapt.errors import RunError, UserError
+from fastadapt.cli.console import print_table, quiet_transformers, say
+from fastadapt.errors import UserError
+from reproduce.command import run
 
 if TYPE_CHECKING:
     from reproduce.planted.folder import Part
@@ -132,8 +132,4 @@ def _summarise(out: Path, parts: Sequence[Part], size: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)

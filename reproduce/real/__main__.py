@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
-from fastadapt.errors import RunError, UserError
+from fastadapt.cli.console import print_table, quiet_transformers, say
+from reproduce.command import run
 from reproduce.real.texts import COPIES, WORD, conversations, load_problems, split
 
 
@@ -112,8 +111,4 @@ def _written(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadapt.cli.console import print_error, print_table, quiet_transformers
-from fastadapt.errors import RunError, UserError
+from fastadapt.cli.console import print_table, quiet_transformers
+from fastadapt.errors import UserError
+from reproduce.command import run
 
 if TYPE_CHECKING:
     from reproduce.recipes.catalogue import Catalogue
@@ -158,8 +158,4 @@ def _summarise(options: argparse.Namespace, catalogue: Catalogue, parts: list[Pa
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, RunError) as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    run(main)
