@@ -21,7 +21,7 @@ SHOWN = {
     "loss": "loss",
     "kl": "KL",
     "nmse": "NMSE",
-    "sparsity": "L1",
+    "sparsity": "penalty",
     "sparsity_weight": "λ",
     "l0": "L0",
 }

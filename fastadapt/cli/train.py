@@ -327,7 +327,7 @@ def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
 
 def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> int:
     from fastadapt.training.planning.estimate import as_json as to_json
-    from fastadapt.training.planning.estimate import gb, plan, predict, remedies
+    from fastadapt.training.planning.estimate import gb, plan, predict, remedies, stays_dense
 
     planned = plan(config, gpu, gpus)
     if as_json:
@@ -348,7 +348,8 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
             for each in planned.recompute
         ]
         print_table(heads, rows)
-        print("Layers are means over cutoffs, of adapters with sparse codes.\n")
+        products = "whose products are dense" if stays_dense(config) else "with sparse codes"
+        print(f"Layers are means over cutoffs, of adapters {products}.\n")
     print(
         f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
         f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
@@ -371,7 +372,9 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
     predicted = predict(config, planned)
     at_l0 = ""
     if predicted.l0 is not None:
-        at_l0 = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
+        first = "more at the first steps, whose products are dense"
+        dense = "without a penalty, products stay dense" if stays_dense(config) else first
+        at_l0 = f" at L0 {predicted.l0:g} ({dense})"
     print(
         f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step{at_l0}, "
         f"{_pace(predicted, device)}."

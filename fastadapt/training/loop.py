@@ -27,7 +27,6 @@ from fastadapt.training import finalize, run_dir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
     PassedOver,
-    list_checkpoints,
     save_checkpoint,
     sweep,
 )
@@ -99,6 +98,7 @@ class TrainingRun:
         self.wall_before = 0.0
         self._since_log = [0, 0.0]  # tokens, seconds
         self._evaluation: Record = {}
+        self._saved: Path | None = None  # the checkpoint of this step
 
     # --- before and after the loop ----------------------------------------------------------------
 
@@ -117,6 +117,7 @@ class TrainingRun:
             swept = self.ranks.on_main(lambda: sweep(self.folder / run_dir.CHECKPOINTS))
             if checkpoint is not None:
                 state.restore(self, checkpoint)
+                self._saved = checkpoint.path
             last = self.step if checkpoint else -1
             self.ranks.on_main(lambda: run_dir.drop_records_after(path, last))
         self.log = run_dir.open_log(path, sinks, self.ranks)
@@ -161,8 +162,7 @@ class TrainingRun:
 
     def interrupted(self, signals: list[str]) -> Record:
         """Save a checkpoint and return the record of an interrupted run."""
-        saved = self.ranks.on_main(lambda: list_checkpoints(self.folder / run_dir.CHECKPOINTS))
-        path = saved[-1][1] if saved and saved[-1][0] == self.step else self._save()
+        path = self._saved or self._save()
         return {
             "interrupted": True,
             "signal": signals[0] if signals else None,
@@ -217,6 +217,7 @@ class TrainingRun:
             gathered, norm, report = self._gradient(*given, None)
         rate = learning_rate(self.step, self.steps, self.config.optimizer)
         self.step += 1
+        self._saved = None
         if not report.finite:
             self._skip(report, micro_batches)
             return
@@ -296,8 +297,9 @@ class TrainingRun:
                 f"step {self.step}: {self.bad_in_row} batches in a row gave a {reason} that is not "
                 f"finite (run.max_bad_batches={self.config.run.max_bad_batches}); the last one "
                 f"holds rows {rows} of {self.feed.train.source}. No update was made with them. "
-                "Check these rows, or lower optimizer.lr. Re-run with --resume to continue from "
-                "the last checkpoint."
+                "Check these rows or lower optimizer.lr, and start again with --overwrite: a "
+                "resumed run keeps its data and its rate. To go on without these rows, re-run with "
+                "--resume and a larger --run.max_bad_batches."
             )
 
     # --- records, evaluations, checkpoints --------------------------------------------------------
@@ -376,6 +378,7 @@ class TrainingRun:
             keep=self.config.run.keep_checkpoints,
             ranks=self.ranks,
         )
+        self._saved = path
         self._record_checkpoint(path)
         return path
 

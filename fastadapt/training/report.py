@@ -31,7 +31,7 @@ CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
     "nmse_token": ("NMSE per token", "mean over tokens and layers", None, None),
     "bridge_adapter_to_target": ("Bridge: adapter → target", "nats per token", None, None),
     "bridge_target_to_adapter": ("Bridge: target → adapter", "nats per token", None, None),
-    "sparsity": ("Sparsity", "λ · Σ a‖W_dec‖", None, None),
+    "sparsity": ("Sparsity", "λ times the penalty", None, None),
     "sparsity_weight": ("λ", "weight of the sparsity penalty", None, None),
     "l0": ("L0", "active features per token and layer", "l0_mean", None),
 }

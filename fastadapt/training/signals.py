@@ -69,7 +69,7 @@ def lost_ranks_explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+def out_of_memory_explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
     """Turn a failed allocation into a :class:`RunError` with the memory plan and remedies."""
     try:
         yield
@@ -77,14 +77,14 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if isinstance(error, RunError) or not (known or _is_refusal(error)):
             raise
-        raise RunError(_memory_message(config, str(error))) from error
+        raise RunError(_memory_message(config, str(error), ranks)) from error
 
 
 def _is_refusal(error: Exception) -> bool:
     return any(phrase in str(error) for phrase in _CPU_REFUSED)
 
 
-def _memory_message(config: TrainConfig, reason: str) -> str:
+def _memory_message(config: TrainConfig, reason: str, ranks: Ranks) -> str:
     from fastadapt.training.planning.estimate import gb, plan
 
     try:
@@ -93,15 +93,23 @@ def _memory_message(config: TrainConfig, reason: str) -> str:
     except UserError as error:
         need = f"The memory could not be planned: {error}."
     first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+    free = [] if config.objective.checkpoint == "full" else ["--objective.checkpoint full"]
+    if torch.cuda.is_available() and ranks.world == 1 and not config.pair.offload:
+        free.append("--pair.offload true")
+    resumed = (
+        f"To go on from the last checkpoint, re-run with --resume and {' or '.join(free)}. "
+        if free
+        else ""
+    )
     return (
-        f"out of memory ({first}). {need} {free_memory()}. Lower data.max_tokens "
+        f"out of memory ({first}). {need} {free_memory()}. {resumed}To need less from the first "
+        "step, start again with --overwrite and lower data.max_tokens "
         f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}; raise "
         "optimizer.accumulation to keep the steps) or objective.kl_chunk_tokens "
         f"({config.objective.kl_chunk_tokens})"
         + (f", or adapter.n_features ({config.n_features})" if config.n_features else "")
-        + ("" if config.objective.checkpoint == "full" else ", set objective.checkpoint to full")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
-        + ". Re-run with --resume to continue from the last checkpoint."
+        + "."
     )
 
 

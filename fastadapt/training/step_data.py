@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastadapt.batch import Batch
 from fastadapt.data.batches import collate, cut, padded_width, padding_id
 from fastadapt.data.mixtures import Mixture, load_held_out, load_training, plan_batches
 from fastadapt.data.sequences import Sample, Sequences
+from fastadapt.distributed.ranks import Ranks
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import count_steps
 from fastadapt.training.prefetch import BatchPrefetcher, Collation, make_batch
@@ -28,9 +29,9 @@ class StepData:
         config: data, batch size, accumulation, epochs, seed.
         tokenizer: the pair's tokenizer.
         device: device of the batches.
+        ranks: ranks of the run; this one prefetches its share of a step.
         n_rows: rows of the model's embedding.
         max_positions: tokens that the model can read; None: any number.
-        share: selects the micro-batches of a step that this process reads; default: all.
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class StepData:
         config: TrainConfig,
         tokenizer: Any,
         device: torch.device,
+        ranks: Ranks,
         n_rows: int,
         max_positions: int | None = None,
-        share: Callable[[list[list[int]]], list[list[int]]] | None = None,
     ) -> None:
         data, self._config, self._device = config.data, config, device
         self.train = load_training(data, tokenizer, max_positions)
@@ -61,11 +62,10 @@ class StepData:
         self._step = 0  # the last requested step
         self.prefetcher: BatchPrefetcher | None = None
         if data.workers:
-            select = share or (lambda micro_batches: micro_batches)
             self.prefetcher = BatchPrefetcher(
                 self.train,
                 self._how,
-                lambda step: select(self._indices(step)),
+                lambda step: [ids for ids, _ in ranks.shard(self._indices(step))],
                 self.steps,
                 workers=data.workers,
                 pin=device.type == "cuda",

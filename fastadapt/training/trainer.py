@@ -90,7 +90,7 @@ def train(
         _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
         open_sinks(config, folder) as more_sinks,
         lost_ranks_explained(config, ranks),
-        out_of_memory_explained(config),
+        out_of_memory_explained(config, ranks),
     ):
         check_shares(config, ranks)
         checkpoint, passed = (
@@ -226,7 +226,7 @@ def load_model_and_data(
         model = load("cpu" if source.offload else None)
         if source.offload:
             offload(model, device or choose_device(source.device))
-        return model, _step_data(config, model)
+        return model, _step_data(config, model, ranks)
     assert device is not None
 
     # Only rank 0 reads the weights. An error on rank 0 is raised on all ranks.
@@ -238,13 +238,13 @@ def load_model_and_data(
     for name, digests in ranks.on_main(lambda: loaded[0].pair.fingerprints).items():
         setattr(model.pair, name, digests)
     shard(model, ranks, device, masters=config.optimizer.masters)
-    return model, _step_data(config, model)
+    return model, _step_data(config, model, ranks)
 
 
-def _step_data(config: TrainConfig, model: ReplacementModel) -> StepData:
+def _step_data(config: TrainConfig, model: ReplacementModel, ranks: Ranks) -> StepData:
     n_rows = model.model.get_input_embeddings().weight.shape[0]
     context = model.model.config.get_text_config().max_position_embeddings
-    return StepData(config, model.pair.tokenizer, model.device, n_rows, context)
+    return StepData(config, model.pair.tokenizer, model.device, ranks, n_rows, context)
 
 
 def _with_policy(

@@ -35,7 +35,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         for index in range(1, 5):
             progress.record(step(index))
     last = stream.getvalue().split("\r")[-1]
-    for part in ("4/4", "loss 2.5", "KL 1.25", "NMSE 0.5", "L1 0.125", "L0 12", "4,321 tok/s"):
+    for part in ("4/4", "loss 2.5", "KL 1.25", "NMSE 0.5", "penalty 0.125", "L0 12", "4,321 tok/s"):
         assert part in last
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.errors import RunError, UserError
 from fastadapt.training.config import FREE_ON_RESUME, TrainConfig
 from fastadapt.training.prefetch import BatchPrefetcher
@@ -32,7 +33,7 @@ def make_feed(tiny_config: Callable, tiny_pair: Path) -> Iterator[Callable[..., 
     feeds: list[StepData] = []
 
     def make(**changes: object) -> StepData:
-        feeds.append(StepData(tiny_config(**changes), tokenizer, CPU, len(tokenizer)))
+        feeds.append(StepData(tiny_config(**changes), tokenizer, CPU, ALONE, len(tokenizer)))
         return feeds[-1]
 
     yield make
@@ -137,9 +138,8 @@ def test_a_rank_prefetches_only_its_share(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
-    feed = StepData(
-        config, tokenizer, CPU, len(tokenizer), share=lambda micro_batches: micro_batches[1::2]
-    )
+    ranks = Ranks(1, 2)
+    feed = StepData(config, tokenizer, CPU, ranks, len(tokenizer))
     returned: list[Any] = []
     prefetcher: Any = feed.prefetcher
     real = prefetcher.get
@@ -150,7 +150,7 @@ def test_a_rank_prefetches_only_its_share(
 
     prefetcher.get = get
     for step in range(feed.steps):
-        for ids in feed.micro_batches(step)[1::2]:
+        for ids, _ in ranks.shard(feed.micro_batches(step)):
             feed.batch(feed.train, ids)
     feed.close()
     assert returned
@@ -302,8 +302,8 @@ def test_a_gpu_is_not_waited_for(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     gpu = torch.device("cuda")
-    feed = StepData(tiny_config(**{"data.workers": workers}), tokenizer, gpu, len(tokenizer))
-    alone = StepData(tiny_config(**{"data.pad_to": 128}), tokenizer, CPU, len(tokenizer))
+    feed = StepData(tiny_config(**{"data.workers": workers}), tokenizer, gpu, ALONE, len(tokenizer))
+    alone = StepData(tiny_config(**{"data.pad_to": 128}), tokenizer, CPU, ALONE, len(tokenizer))
     batches_of(feed, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -323,10 +323,10 @@ def test_a_padding_token_without_an_embedding(
     """All ids of a batch have an embedding, and the texts are those of another padding token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     n_rows, config = len(tokenizer), tiny_config(**{"data.workers": workers})
-    plain = StepData(config, tokenizer, CPU, n_rows)
+    plain = StepData(config, tokenizer, CPU, ALONE, n_rows)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == n_rows
-    feed = StepData(config, tokenizer, CPU, n_rows)
+    feed = StepData(config, tokenizer, CPU, ALONE, n_rows)
     padded = 0
     try:
         for step in range(4):
@@ -349,10 +349,10 @@ def test_tokens_without_an_embedding_are_refused(
 ) -> None:
     """The error names the first row with such a token and is raised before the first step."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
-    feed = StepData(tiny_config(), tokenizer, CPU, len(tokenizer))
+    feed = StepData(tiny_config(), tokenizer, CPU, ALONE, len(tokenizer))
     most = [int(feed.train[i].input_ids.max()) for i in range(len(feed.train))]
     n_rows = max(most)
     row = feed.train.rows[most.index(n_rows)] + 1
     message = rf"row {row}: expected tokens below {n_rows}, .* got token {n_rows}"
     with pytest.raises(UserError, match=message):
-        StepData(tiny_config(), tokenizer, CPU, n_rows)
+        StepData(tiny_config(), tokenizer, CPU, ALONE, n_rows)

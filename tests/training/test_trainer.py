@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,16 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError, UserError
 from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import draw_cutoff
 from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
-from fastadapt.training.config import TrainConfig, load_config
+from fastadapt.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.optimizer import learning_rate
@@ -234,6 +237,7 @@ def test_accumulation_is_the_average_over_sequences(
     for name in ("loss", "kl", "nmse", "sparsity", "top1_error"):
         assert first[name] == pytest.approx(second[name], rel=1e-6)
     assert first["l0_per_layer"] == second["l0_per_layer"]
+    assert first["l0"] == second["l0"] == pytest.approx(np.mean(first["l0_per_layer"]))
     assert second["tokens"] == 2 * first["tokens"]
 
 
@@ -393,6 +397,24 @@ def test_a_signal_at_a_step_that_is_saved_anyway(
     assert [r["step"] for r in records if r["kind"] == "checkpoint"] == [3, 6]
 
 
+def test_a_signal_right_after_a_resume_past_a_damaged_checkpoint(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    def sink(record: dict) -> None:
+        if (record["kind"], record["step"]) == ("train", 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(tiny_config(), sinks=[sink])
+    saved = tmp_path / "run" / "checkpoints" / "step-00000006"
+    next(saved.glob("*.safetensors")).write_bytes(b"damaged")
+    stop = threading.Event()
+    stop.set()
+    summary = train(tiny_config(), resume=True, stop=stop)
+    assert (summary["interrupted"], summary["step"]) == (True, 3)
+    assert Path(summary["checkpoint"]).name == "step-00000003"
+    assert not train(tiny_config(), resume=True)["interrupted"]
+
+
 def test_the_second_interrupt_interrupts() -> None:
     # SIGINT is ignored in background processes of a shell; restore the default for this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -436,7 +458,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_module, "save_tensors", save_tensors)
-        with pytest.raises(RunError, match=r"step 6.*No space left.*step 3, intact.*MiB are fr"):
+        with pytest.raises(RunError, match=r"step 6.*No space left.*step 3\..*MiB are fr"):
             train(tiny_config())
     assert train(tiny_config(), resume=True)["steps"] == 12
 
@@ -467,6 +489,25 @@ def test_out_of_memory_says_what_would_help(
         assert key in message
     assert "set pair.dtype to bfloat16" in message
     assert "objective.checkpoint" not in message  # it is already full
+    assert "--resume" not in message  # no remedy left that a resumed run may take
+
+
+def test_out_of_memory_sends_to_resume_only_with_settings_that_resume_accepts(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    config = tiny_config(**{"objective.checkpoint": "attention"})
+    for ranks, expected in (
+        (Ranks(), {"objective.checkpoint", "pair.offload"}),
+        (Ranks(0, 2), {"objective.checkpoint"}),
+    ):
+        with pytest.raises(RunError) as caught, out_of_memory_explained(config, ranks):
+            raise MemoryError
+        resumed, anew = str(caught.value).split("--overwrite")
+        named = set(re.findall(r"--([a-z]+\.[a-z_]+) ", resumed))
+        assert named == expected <= FREE_ON_RESUME
+        assert not {*re.findall(r"[a-z]+\.[a-z_]+", anew)} & FREE_ON_RESUME
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
@@ -474,6 +515,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 ) -> None:
     with (
         pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
-        out_of_memory_explained(tiny_config()),
+        out_of_memory_explained(tiny_config(), Ranks()),
     ):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

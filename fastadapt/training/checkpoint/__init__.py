@@ -298,7 +298,7 @@ def _delete(path: Path) -> None:
 
 def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
     committed = list_checkpoints(folder)
-    newest = f"step {committed[-1][0]}, intact" if committed else "none"
+    newest = f"step {committed[-1][0]}" if committed else "none"
     advice = "Check the folder and its disk"
     if is_full(error):
         advice = f"{free_space(folder)} are free: make room, or lower run.keep_checkpoints"

@@ -150,6 +150,8 @@ class StepGatherer:
             for tokens, *capacities in self._host_rows
         ]
         named = dict(zip(self._names, terms, strict=True))
+        if l0:  # over tokens, as by layer; other terms are averaged over sequences
+            named["l0"] = sum(l0) / len(l0)
         return StepReport(named, losses, norm[0], l0, [int(n) for n in dead], calls)
 
 

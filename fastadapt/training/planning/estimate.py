@@ -191,8 +191,16 @@ def expected_l0(config: TrainConfig) -> float | None:
     """Return k, the target L0 or, without either, an assumption; None for a baseline."""
     if not config.n_features:
         return None
+    if stays_dense(config):
+        return config.n_features / 2  # as in new adapters
     given = config.objective.l0 if config.adapter.k is None else config.adapter.k
     return L0 if given is None else float(given)
+
+
+def stays_dense(config: TrainConfig) -> bool:
+    """Return whether nothing lowers the L0 of a run's adapters, so that products stay dense."""
+    limits = config.objective.sparsity, config.objective.l0, config.adapter.k
+    return bool(config.n_features) and not any(limits)
 
 
 def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
