@@ -144,17 +144,16 @@ def trace_tables(run: RunContents, traced: Trace, top: int) -> tuple[Rows, Rows,
         named = (f"{feature_name(pair)} {token_text(promoted[pair][0])}" for pair in pairs)
         row.append("  ".join(named))
     means = []
-    for part, places in (
-        ("prompt", slice(0, traced.prompt_length)),
-        ("response", slice(traced.prompt_length, None)),
-    ):
+    # A KL belongs to the token that is predicted; after the last token there is none.
+    last, first = len(traced.ids) - 1, max(0, traced.prompt_length - 1)
+    for part, places in (("prompt", slice(0, first)), ("response", slice(first, last))):
         if n := len(traced.ids[places]):
             means.append(
                 [part, f"{n:,}", *(number(sum(kl[places]) / n) for kl in traced.kl.values())]
             )
     return (
         ([*head, "features, promote"], tokens),
-        (["mean", "tokens", *head[3:]], means),
+        (["mean", "predicted tokens", *head[3:]], means),
         features_table(totals, len(traced.ids), promoted),
     )
 

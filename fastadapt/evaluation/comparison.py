@@ -317,6 +317,9 @@ class Comparison:
 
 def alike(first: ComparedModel, second: ComparedModel) -> bool:
     """Return whether two adapters were trained with one sparsity and k, or have about one L0."""
+    names = ("activation", "penalty", "penalty_scale")
+    if any(getattr(first, name) != getattr(second, name) for name in names):
+        return False
     if (first.sparsity, first.k) == (second.sparsity, second.k):
         return True
     if not first.l0 or not second.l0:

@@ -18,7 +18,13 @@ from fastadapt.io.documents import DocumentError, Name, read_yaml
 from fastadapt.io.names import check_name, has_file, typed_path
 from fastadapt.models.pair import PairConfig
 from fastadapt.organism import resolve
-from fastadapt.training.config import FREE_ON_RESUME, TRUST, recorded_trust
+from fastadapt.training.config import (
+    FREE_ON_RESUME,
+    TRUST,
+    load_config,
+    recorded_trust,
+    to_dict,
+)
 
 #: Names of models that every pair has. No run may have one of them.
 BUILT_IN = ("target", "base", "hybrid")
@@ -42,6 +48,7 @@ class ComparedModel:
         recipe: digest of the training's configuration without the seed; None if not recorded. Runs
             with one recipe differ by their seeds only.
         activation, k: of transcoders, as in :class:`fastadapt.adapter.module.AdapterConfig`.
+        penalty, penalty_scale: what λ weighs, as in the objective's settings.
     """
 
     name: str
@@ -57,6 +64,8 @@ class ComparedModel:
     recipe: str | None = None
     activation: str = "relu"
     k: float | None = None
+    penalty: str = "l1"
+    penalty_scale: float | None = None
 
     @property
     def variant(self) -> str:
@@ -86,6 +95,8 @@ class ComparedModel:
                 words.append(
                     self.activation if self.k is None else f"{self.activation} k={self.k:g}"
                 )
+            if self.penalty != "l1":
+                words.append(self.penalty)
             if self.sparsity is not None and (self.sparsity or self.k is None):
                 words.append(f"λ={self.sparsity:.3g}")
             if self.bridge == 0 and not self._is_dense:
@@ -120,6 +131,8 @@ class ComparedModel:
             recipe=None if metadata.get("interventions") else _recipe(run),
             activation=card["adapter"].activation if is_transcoder else "relu",
             k=card["adapter"].k if is_transcoder else None,
+            penalty=objective.get("penalty", "l1"),
+            penalty_scale=objective.get("penalty_scale"),
         )
 
 
@@ -300,7 +313,11 @@ def _recipe(run: Path) -> str | None:
     """Return a digest of a run's configuration, without the seed and what affects no weight."""
     if not has_file(run / "config.yaml"):
         return None
-    values = read_yaml(run / "config.yaml", dict[str, dict[str, Any]])
+    values: Mapping[str, Mapping[str, Any]]
+    try:  # with the defaults of settings that the run's version did not have
+        values = to_dict(load_config(run / "config.yaml"))
+    except UserError:  # a setting that this version does not have
+        values = read_yaml(run / "config.yaml", dict[str, dict[str, Any]])
     recipe = {
         f"{component}.{key}": value
         for component, keys in values.items()

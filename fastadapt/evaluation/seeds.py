@@ -35,7 +35,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastadapt.evaluation.statistics import Intervals, wilson
+from fastadapt.evaluation.statistics import Intervals, between, wilson
 
 _NODES, _STEPS = 65, 12  # of the integral of Student's density, and of Newton's method
 
@@ -45,6 +45,7 @@ def over_seeds(
     counts: Tensor,
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    strata: Tensor | None = None,
     level: float = 0.95,
 ) -> Intervals:
     """Return the interval of the mean over runs of ``Σ sums / Σ counts``, over seeds and texts.
@@ -54,6 +55,7 @@ def over_seeds(
         counts: ``[n]`` or the shape of ``sums``: number of terms of each sum.
         bounds: least and largest possible value, to which the interval is clamped. If both are
             finite and all runs are at one of them, the interval is Wilson's over the texts.
+        strata: of the texts, as in :func:`fastadapt.evaluation.statistics.ratio`.
         level: confidence level.
 
     Returns:
@@ -68,7 +70,7 @@ def over_seeds(
         >>> [round(end.item(), 2) for end in interval]
         [0.4, 0.03, 0.77]
     """
-    y = _values(sums, counts)
+    y = _values(sums, counts, strata)
     s, n = y.shape[-2:]
     mean = y.mean((-2, -1))
     mean, low, high = _interval(mean, *_levels(y), [s], n, bounds, level)
@@ -82,7 +84,12 @@ def over_seeds(
 
 
 def difference_over_seeds(
-    first: Tensor, second: Tensor, counts: tuple[Tensor, Tensor], *, level: float = 0.95
+    first: Tensor,
+    second: Tensor,
+    counts: tuple[Tensor, Tensor],
+    *,
+    strata: Tensor | None = None,
+    level: float = 0.95,
 ) -> Intervals:
     """Return the interval of the mean of one group of runs minus that of another.
 
@@ -92,28 +99,38 @@ def difference_over_seeds(
     Args:
         first, second: ``[..., S, n]`` and ``[..., S', n]``, as ``sums`` of :func:`over_seeds`.
         counts: those of each group.
+        strata: of the texts, as in :func:`fastadapt.evaluation.statistics.ratio`.
         level: confidence level.
+
+    Returns:
+        Intervals; ends are NaN where neither runs nor texts differ, since nothing then shows how
+        much others would.
 
     Raises:
         ValueError: a group has fewer than two runs.
     """
-    a, b = _values(first, counts[0]), _values(second, counts[1])
+    a, b = _values(first, counts[0], strata), _values(second, counts[1], strata)
     (runs_a, _, noise_a), (runs_b, _, noise_b) = _parts(a), _parts(b)
     texts = _variance(a.mean(-2) - b.mean(-2)) / a.shape[-1] - noise_a - noise_b
     mean = a.mean((-2, -1)) - b.mean((-2, -1))
     runs, sizes = torch.stack([runs_a, runs_b]), [a.shape[-2], b.shape[-2]]
     unbounded = (-math.inf, math.inf)
-    return _interval(mean, runs, texts.clamp(min=0), sizes, a.shape[-1], unbounded, level)
+    gap = _interval(mean, runs, texts.clamp(min=0), sizes, a.shape[-1], unbounded, level)
+    exact = gap.low == gap.high
+    return Intervals(mean, *(end.masked_fill(exact, math.nan) for end in gap[1:]))
 
 
-def _values(sums: Tensor, counts: Tensor) -> Tensor:
+def _values(sums: Tensor, counts: Tensor, strata: Tensor | None) -> Tensor:
     """Return ``y [..., S, n]``: the ratio of run s plus the linearised deviation of text i."""
     x = sums.detach().to("cpu", torch.float64)
     c = counts.detach().to("cpu", torch.float64).expand_as(x)
     if x.ndim < 2 or x.shape[-2] < 2:
         raise ValueError(f"sums: expected two or more runs, [..., S, n], got {list(x.shape)}")
     ratio = x.sum(-1, keepdim=True) / c.sum(-1, keepdim=True)
-    return ratio + (x - ratio * c) / c.mean(-1, keepdim=True)
+    e = x - ratio * c
+    if strata is not None:
+        e = e - between(e, strata)
+    return ratio + e / c.mean(-1, keepdim=True)
 
 
 def _parts(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

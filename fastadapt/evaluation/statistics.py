@@ -89,6 +89,7 @@ def ratio(
     counts: Tensor,
     *,
     bounds: tuple[float, float] | None = None,
+    strata: Tensor | None = None,
     config: BootstrapConfig | None = None,
 ) -> Intervals:
     """Return the interval of ``Σ sums / Σ counts`` over the n sampled units (texts or questions).
@@ -101,6 +102,8 @@ def ratio(
             resampled too, as they were part of the sample.
         bounds: least and largest value of a unit's ratio ``sums / counts``. With two finite bounds
             the ratio is treated as a proportion; with one, the interval is only clamped.
+        strata: int ``[n]``: number of each unit's stratum, such as its benchmark. Strata are fixed;
+            only units within them are sampled. Default: all units are of one.
         config: settings of the intervals.
 
     Returns:
@@ -115,6 +118,8 @@ def ratio(
     c = counts.detach().to("cpu", torch.float64).expand_as(x)
     if not (x.isfinite().all() and c.isfinite().all()):
         raise ValueError("sums, counts: expected finite values, got NaN or infinity")
+    if strata is not None:
+        x = x - between(x - x.sum(-1, keepdim=True) / c.sum(-1, keepdim=True) * c, strata)
     shape, (x, c) = x.shape[:-1], (x.reshape(-1, x.shape[-1]), c.reshape(-1, x.shape[-1]))
     units = (c != 0).sum(1)
     moments = torch.stack([x, c, x * x, x * c, c * c])
@@ -135,6 +140,17 @@ def ratio(
     few = units < 2
     low, high = low.masked_fill(few, math.nan), high.masked_fill(few, math.nan)
     return Intervals(mean.reshape(shape), low.reshape(shape), high.reshape(shape))
+
+
+def between(values: Tensor, strata: Tensor) -> Tensor:
+    """Return the mean of each unit's stratum, ``[..., n]`` as ``values``.
+
+    Example:
+        >>> between(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])).tolist()
+        [2.0, 2.0, 5.0]
+    """
+    members = torch.nn.functional.one_hot(strata).to(values.dtype)
+    return values @ members / members.sum(0) @ members.T
 
 
 def wilson(successes: Tensor | float, trials: Tensor | float, level: float = 0.95) -> Intervals:
@@ -169,7 +185,12 @@ def most_of_none(exposure: float, level: float = 0.95) -> float:
 
 
 def recovered(
-    scores: Tensor, floor: Tensor, ceiling: Tensor, config: BootstrapConfig | None = None
+    scores: Tensor,
+    floor: Tensor,
+    ceiling: Tensor,
+    config: BootstrapConfig | None = None,
+    *,
+    strata: Tensor | None = None,
 ) -> Intervals:
     """Return the share of a gain that a model recovers, ``(scores - floor) / (ceiling - floor)``.
 
@@ -180,18 +201,23 @@ def recovered(
             repetitions.
         floor, ceiling: ``[n]``: scores of the hybrid (or base) and of the target.
         config: settings of the intervals.
+        strata: of the questions, as in :func:`ratio`.
 
     Returns:
         Intervals of the leading shape of ``scores``. They are NaN if the interval of the gain
-        reaches 0.
+        reaches 0, and their ends are NaN where a model scores as the floor or as the ceiling on
+        every question, since such scores have no spread to resample.
     """
     gains = ceiling - floor
     largest = gains.abs().max().item()
-    gain = ratio(gains, torch.ones_like(floor), bounds=(-largest, largest), config=config)
+    ends = (-largest, largest)
+    gain = ratio(gains, torch.ones_like(floor), bounds=ends, strata=strata, config=config)
     if not gain.low > 0:
         undefined = torch.full(scores.shape[:-1], math.nan, dtype=torch.float64)
         return Intervals(undefined, undefined, undefined)
-    return ratio(scores - floor, gains, config=config)
+    share = ratio(scores - floor, gains, strata=strata, config=config)
+    exact = share.low == share.high
+    return Intervals(share.mean, *(end.masked_fill(exact, math.nan) for end in share[1:]))
 
 
 def difference(a: Intervals, b: Intervals) -> Intervals:
@@ -216,9 +242,10 @@ def paired_difference(
 ) -> Intervals:
     """Return the interval of the difference of two proportions that are paired by unit.
 
-    It is that of :func:`ratio` of ``a - b``, whose ends lie at most as far out as those of
-    :func:`difference` of the two proportions. The latter, for independent samples, is wide for
-    paired ones, but exists if hardly a unit differs, where the former is without a bound.
+    It is that of :func:`ratio` of ``a - b``. If hardly a unit differs, that one is without a bound
+    or without a width; :func:`difference` of the two proportions, for independent samples, then
+    takes its place. It also bounds the ends where the proportions do not vary against each other,
+    for which it is too wide.
 
     Args:
         a, b: ``[..., n]``: each unit's sums of values in 0..1.
@@ -227,8 +254,13 @@ def paired_difference(
     """
     paired = ratio(a - b, counts, config=config)
     apart = difference(*(ratio(each, counts, bounds=(0.0, 1.0), config=config) for each in (a, b)))
+    with_a, with_b = (each - each.sum(-1, keepdim=True) / counts.sum() * counts for each in (a, b))
+    against = (with_a * with_b).sum(-1) < 0
+    exact = paired.low == paired.high
+    low = torch.where(against & paired.low.isfinite(), paired.low, paired.low.fmax(apart.low))
+    high = torch.where(against & paired.high.isfinite(), paired.high, paired.high.fmin(apart.high))
     return Intervals(
-        paired.mean, torch.fmax(paired.low, apart.low), torch.fmin(paired.high, apart.high)
+        paired.mean, torch.where(exact, apart.low, low), torch.where(exact, apart.high, high)
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.graphs.ablation import Surgery, run, run_changed
-from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges
+from fastadapt.graphs.attribution import KINDS, Leaves, Target, depth_of, edges
 from fastadapt.graphs.graph import GraphConfig, Row, grow
 from fastadapt.graphs.linear.rules import without_ranks
 from fastadapt.graphs.linear.trace import Trace, record
@@ -168,6 +168,9 @@ def measure_evidence(
     config = config or EvidenceConfig()
     n, ranks_alone = leaves.n_ablated, trace.stream == "ranks"
     reach = (leaves.position[:n] <= target.position) & (leaves.depth[:n] < target.depth)
+    # After the last attention before the target, a position reaches itself alone.
+    layer = trace.n_layers - 1 if target.layer is None else target.layer
+    reach &= (leaves.position[:n] == target.position) | (leaves.depth[:n] < depth_of(layer, 1))
     nodes = reach.nonzero()[:, 0]
     if len(nodes) < 3:
         what = "rank components" if ranks_alone else "features"

@@ -18,7 +18,7 @@ from fastadapt.effects.run import LoadedRun
 from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.places import slip_places
 from fastadapt.evaluation.difference.texts import held_out_texts
-from fastadapt.evaluation.statistics import ratio
+from fastadapt.evaluation.statistics import paired_difference, ratio
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.selection import SelectConfig, by_sql, matched, select
 from fastadapt.features.store.store import Store
@@ -215,7 +215,6 @@ def _shares(passed: dict[str, list[list[list[bool]]]], depth: int) -> dict[str, 
             case: ratio(column, ones, bounds=(0, 1)).plain() for case, column in columns.items()
         }
         shares[measure]["marker minus"] = {
-            case: ratio(marked[1] - column, ones, bounds=(-1, 1)).plain()
-            for case, column in controls
+            case: paired_difference(marked[1], column, ones).plain() for case, column in controls
         }
     return shares

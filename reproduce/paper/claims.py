@@ -126,7 +126,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "D",
-        "The hybrid's responses degenerate, those of adapters hardly (table 3)",
+        "The hybrid's responses degenerate more often than those of adapters (table 3)",
         "target 0.2%, L0 10.3: 3.3%, L0 1.4: 8.3%, L0 0.1: 12.0%, hybrid 31.6%",
         REPRODUCE,
         "eval",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from fastadapt.evaluation.comparison import SAME_L0
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, shown
 from fastadapt.study.report import verdict
@@ -101,13 +102,23 @@ def against(name: str) -> Measure:
     """Return a measure: a group of runs has a larger KL than the first other group of adapters."""
 
     def measure(result: Result) -> Finding | None:
-        for gap in (result.get("seeds") or {}).get("differences", []):
+        seeds = result.get("seeds") or {}
+        l0 = {group["name"]: group.get("l0") for group in seeds.get("groups", [])}
+        for gap in seeds.get("differences", []):
             if name in (gap["above"], gap["below"]):
                 other = gap["below"] if gap["above"] == name else gap["above"]
                 if any(m["name"] == other for m in _models(result, "transcoder")):
                     value = gap["kl"] if gap["above"] == name else _negated(gap["kl"])
                     text = f"{name} − {other}: {shown(value)} nats"
-                    return Finding(text, verdict(value, 0.0, above=True))
+                    holds = verdict(value, 0.0, above=True)
+                    a, b = l0[name], l0[other]
+                    if a and b:
+                        text += f" at L0 {number(a)} and {number(b)}"
+                        # A larger KL with more features says more than the claim.
+                        more = a > b and holds.startswith("yes")
+                        if abs(a - b) > SAME_L0 * max(a, b) and not more:
+                            return Finding(text, f"{NOT_MEASURABLE}: L0 differs")
+                    return Finding(text, holds)
         return None
 
     return measure

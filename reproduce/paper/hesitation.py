@@ -155,7 +155,9 @@ def added(result: Result) -> Finding | None:
             parts[part] = arm
     text = ", ".join(f"{name} {shown(arm[RATE])}" for name, arm in parts.items())
     others = [arm for name, arm in parts.items() if name not in ("both", "adapter")]
-    holds = all(both[RATE]["mean"] > 2 * arm[RATE]["mean"] for arm in others)
+    holds = both[RATE]["mean"] >= whole[RATE]["mean"] and all(
+        both[RATE]["mean"] > 2 * arm[RATE]["mean"] for arm in others
+    )
     return Finding(f"{text} per 1,000 tokens", f"{'yes' if holds else 'no'}, by the estimates")
 
 

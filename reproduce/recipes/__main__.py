@@ -128,8 +128,17 @@ def _summarise(options: argparse.Namespace, catalogue: Catalogue, parts: list[Pa
         runs = gather(catalogue["recipes"], name, ours)
         shared = {each["shared"] for each in ours.values()}
         runs += removed.runs(name, shared, [recipe["name"] for recipe in catalogue["recipes"]])
-        about = {"config": pair["config"], "settings": pair["settings"]}
-        result["pairs"][name] = {**about, **summarise(pair, runs)}
+        have = {each.recipe["name"] for each in runs}
+        result["pairs"][name] = {
+            "config": pair["config"],
+            "settings": pair["settings"],
+            "unmeasured": [
+                recipe["name"]
+                for recipe in catalogue["recipes"]
+                if recipe["values"].get(name) and recipe["name"] not in have
+            ],
+            **summarise(pair, runs),
+        }
     if not any(pair["recipes"] for pair in result["pairs"].values()):
         raise UserError(f"--out: {options.out} has no recipe with all of its values measured yet")
     written = tables(result)

@@ -171,7 +171,11 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, str], command: str) -
         for key, pair in result["pairs"].items()
         if key in pictures
     ]
-    missing = [pair["title"] for pair in result["pairs"].values() if not pair["recipes"]]
+    missing = [
+        pair["title"] if not pair["recipes"] else f"{', '.join(unmeasured)} ({pair['title']})"
+        for pair in result["pairs"].values()
+        if (unmeasured := pair["unmeasured"]) or not pair["recipes"]
+    ]
     return "\n".join(
         [
             _HEAD.rstrip() + "\n",

@@ -13,7 +13,9 @@ from by_hand import F, L, TinyRun, kl_by_hand, models_by_hand, random_adapters, 
 
 from fastadapt import UserError, load_run
 from fastadapt.adapter.files import save_adapters
+from fastadapt.effects.texts import trace_tables
 from fastadapt.effects.trace import promotes, trace
+from fastadapt.reporting.formatting import number
 
 IDS = [5, 9, 23, 7, 31, 8, 11, 3, 39, 4]
 
@@ -115,3 +117,15 @@ def test_texts_that_cannot_be_read_are_refused(tiny_run: TinyRun) -> None:
     ):
         with pytest.raises(UserError, match=message):
             trace(run, ids)
+
+
+def test_means_are_over_the_predicted_tokens_of_prompt_and_response(tiny_run: TinyRun) -> None:
+    """The first token of the response is predicted by the last of the prompt, as in `eval`."""
+    run = load_run(tiny_run.folder, dtype="float64", device="cpu")
+    traced = trace(run, IDS, 4)
+    head, rows = trace_tables(run, traced, top=2)[1]
+    assert head[:2] == ["mean", "predicted tokens"]
+    assert [row[:2] for row in rows] == [["prompt", "3"], ["response", "6"]]
+    for column, kl in enumerate(traced.kl.values(), start=2):
+        assert rows[0][column] == number(sum(kl[:3]) / 3)
+        assert rows[1][column] == number(sum(kl[3:-1]) / 6)

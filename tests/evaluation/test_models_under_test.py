@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from fastadapt.cli.train import find_config
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import PUBLISHED, BenchmarkConfig
@@ -19,6 +20,7 @@ from fastadapt.evaluation.comparison import alike
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.evaluation.runs import ComparedModel
+from fastadapt.training.config import load_config, to_dict
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
@@ -82,6 +84,8 @@ def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
         "whole_mlp": False,
         "activation": "relu",
         "k": None,
+        "penalty": "l1",
+        "penalty_scale": None,
     }
     assert models.family == "r1-distill"
     assert models.compared["hybrid"].kind == "hybrid"
@@ -108,6 +112,7 @@ def test_the_sparsity_of_a_steered_run_is_that_of_its_end(make_run: Callable[...
             "no-bridge",
         ),
         ({"activation": "jumprelu", "sparsity": 0.1}, "adapter, jumprelu, λ=0.1", ""),
+        ({"penalty": "tanh", "sparsity": 0.1}, "adapter, tanh, λ=0.1", ""),
         ({"sparsity": 0.0, "bridge": 0.0}, "adapter, λ=0", "dense"),
         ({"sparsity": 0.1, "bridge": 0.0}, "adapter, λ=0.1, no bridge", "no-bridge"),
     ],
@@ -124,6 +129,29 @@ def test_runs_of_another_k_are_not_alike() -> None:
     assert alike(four, replace(four, name="again"))
     assert not alike(four, replace(four, k=8, l0=8.0))
     assert not alike(four, ComparedModel("dense", "transcoder", sparsity=0.0, l0=111.0))
+    for other in ({"activation": "batch_topk"}, {"penalty": "tanh"}, {"penalty_scale": 2.0}):
+        assert not alike(four, replace(four, **other))  # type: ignore[arg-type]
+
+
+def test_runs_of_an_older_version_group_with_those_of_this_one(
+    make_run: Callable[..., Path],
+) -> None:
+    """Settings that did not exist then have their defaults."""
+    runs = [make_run(name, 1) for name in ("old", "new")]
+    values = to_dict(load_config(find_config("organism")))
+    for role in ("target", "base"):
+        values["pair"][role] = str(runs[0].parent / f"qwen2-{role}")
+    for seed, run in enumerate(runs):
+        values["run"]["seed"] = seed
+        (run / "config.yaml").write_text(yaml.safe_dump(values))
+    old = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    del old["objective"]["penalty"], old["objective"]["penalty_scale"]
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(old))
+    a, b = (ModelSet.open([run], ["one"]).compared["one"].recipe for run in runs)
+    assert a == b
+    old["objective"]["kl"] = 7.0
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(old))
+    assert ModelSet.open([runs[0]], ["one"]).compared["one"].recipe != b
 
 
 def test_fingerprints_depend_on_models_and_adapters(

@@ -244,3 +244,30 @@ def test_models_with_different_questions_are_refused() -> None:
                 "run": {"sampled": {"a": answered(drawn(0.5, 8, 5))}},
             }
         )
+
+
+def test_a_word_that_never_occurs_has_the_upper_end_of_a_rate_without_events() -> None:
+    results = {"run": {"sampled": {"a": answered(drawn(0.5, 20, 0), hesitations=0)}}}
+    scores = summarise_benchmarks(results, words=("wait",))["a"]["run"]["sampled"]
+    assert scores["by_word"]["wait"] == scores["hesitations_per_1000"]
+    assert scores["by_word"]["wait"]["high"] > 0
+
+
+def test_intervals_of_the_mean_over_benchmarks_are_within_benchmarks() -> None:
+    """Two benchmarks of which every question has the same length: their mean is not uncertain."""
+    runs = {
+        name: {
+            "sampled": {
+                "easy": answered([[True]] * 30, tokens=10, task="easy"),
+                "hard": answered([[False]] * 30, tokens=100, task="hard"),
+            }
+        }
+        for name in ("one", "two")
+    }
+    summary, alone = summarise_benchmarks(runs), {}
+    for task in ("easy", "hard", MEAN):
+        length = summary[task]["one"]["sampled"]["length"]
+        alone[task] = length["high"] - length["low"]
+    assert alone[MEAN] == pytest.approx((alone["easy"] + alone["hard"]) / 8**0.5, rel=0.1)
+    group = summarise_groups(runs, {"one": ["one", "two"]}, 0.95)[MEAN]["groups"][0]
+    assert group["length"]["high"] - group["length"]["low"] == pytest.approx(alone[MEAN], rel=0.2)

@@ -173,3 +173,10 @@ def test_students_quantiles(freedom: float, level: float, expected: float) -> No
     quantile = student_quantile(torch.tensor([freedom, freedom + 0.5]), level)
     assert quantile[0].item() == pytest.approx(expected, rel=1e-4)
     assert quantile[1] < quantile[0]
+
+
+def test_groups_without_any_spread_have_a_difference_without_ends() -> None:
+    zeros = torch.zeros(2, 30, dtype=torch.float64)
+    counts = torch.ones(30, dtype=torch.float64)
+    gap = difference_over_seeds(zeros, zeros, (counts, counts))
+    assert gap.plain() == {"mean": 0, "low": None, "high": None}

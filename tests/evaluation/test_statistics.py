@@ -245,3 +245,50 @@ def test_paired_differences_are_those_of_their_ratio_where_many_units_differ() -
     assert torch.equal(
         torch.stack(paired_difference(a, both, counts)), torch.stack(ratio(a - both, counts))
     )
+
+
+def test_a_model_equal_to_floor_or_ceiling_has_a_share_without_ends() -> None:
+    """No question shows how much others would differ: [0, 0] would claim to know it exactly."""
+    ceiling = torch.tensor([1.0] * 8 + [0.0] * 22)
+    floor = torch.zeros(30)
+    shares = recovered(torch.stack([floor, ceiling]), floor, ceiling, FAST)
+    assert shares.plain() == [
+        {"mean": 0, "low": None, "high": None},
+        {"mean": 1, "low": None, "high": None},
+    ]
+
+
+def test_strata_are_fixed() -> None:
+    """Differences between benchmarks are no sampling error; without strata they count as one."""
+    sizes, chances = (200, 40, 30), (0.9, 0.3, 0.1)
+    strata = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    weight = torch.cat([torch.full((n,), 1 / n) for n in sizes]).double()
+    chance = torch.cat([torch.full((n,), p) for n, p in zip(sizes, chances, strict=True)])
+    draw = torch.Generator().manual_seed(0)
+    shape = (EXPERIMENTS, len(weight))
+    hits = torch.bernoulli(chance.expand(shape), generator=draw) * weight
+    wanted = sum(chances) / len(chances)
+    within = ratio(hits, weight, bounds=(0, 1), strata=strata, config=FAST)
+    pooled = ratio(hits, weight, bounds=(0, 1), config=FAST)
+    torch.testing.assert_close(within.mean, pooled.mean)
+    assert abs(coverage(within, wanted) - FAST.level) < WITHIN + noise(FAST.level)
+    assert coverage(pooled, wanted) > FAST.level + noise(FAST.level)
+    assert (within.high - within.low).mean() < 0.9 * (pooled.high - pooled.low).mean()
+
+
+@pytest.mark.parametrize("correlation", [-0.9, -0.5, 0.0, 0.5])
+def test_paired_differences_cover_however_the_pairs_vary(correlation: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    first, noise_of_second = torch.randn(2, 600, 60, generator=draw).double()
+    second = correlation * first + math.sqrt(1 - correlation**2) * noise_of_second
+    a, b = ((0.5 + 0.12 * each).clamp(0, 1) for each in (first, second))
+    got = paired_difference(a, b, torch.ones(60, dtype=torch.float64), FAST)
+    inside = ((got.low <= 0) & (got.high >= 0)).double().mean().item()
+    assert abs(inside - FAST.level) < WITHIN + 3 * math.sqrt(0.95 * 0.05 / 600)
+
+
+def test_proportions_that_never_differ_are_compared_as_independent_ones() -> None:
+    zeros = torch.zeros(3, dtype=torch.float64)
+    got = paired_difference(zeros, zeros, torch.ones(3, dtype=torch.float64), FAST)
+    high = wilson(0, 3).high.item()
+    assert got.plain() == {"mean": 0, "low": pytest.approx(-high), "high": pytest.approx(high)}

@@ -23,7 +23,6 @@ from fastadapt.evaluation.benchmarks.runner import BenchmarkResult
 from fastadapt.evaluation.seeds import difference_over_seeds, over_seeds
 from fastadapt.evaluation.statistics import (
     BootstrapConfig,
-    Intervals,
     most_of_none,
     ratio,
     recovered,
@@ -43,13 +42,17 @@ GREEDY = "-shot, greedy"
 
 
 class _Sums(NamedTuple):
-    """Sums over the responses to each question, and the question's weight: float64 ``[n]`` each."""
+    """Sums over the responses to each question, and the question's weight: float64 ``[n]`` each.
+
+    ``stratum``, int64 ``[n]``, is the number of each question's benchmark.
+    """
 
     correct: Tensor
     tokens: Tensor
     hesitations: Tensor
     responses: Tensor
     weight: Tensor
+    stratum: Tensor
 
 
 def summarise_benchmarks(
@@ -142,7 +145,9 @@ def summarise_groups(
                 "name": name,
                 "runs": list(groups[name]),
                 **{
-                    key: over_seeds(x, c, bounds=_BOUNDS[key], level=level).plain()
+                    key: over_seeds(
+                        x, c, bounds=_BOUNDS[key], strata=scores[name][0].stratum, level=level
+                    ).plain()
                     for key, (x, c) in measures.items()
                 },
             }
@@ -163,6 +168,7 @@ def summarise_groups(
                             terms[a][key][0],
                             terms[b][key][0],
                             (terms[a][key][1], terms[b][key][1]),
+                            strata=scores[a][0].stratum,
                             level=level,
                         ).plain()
                         for key in _BOUNDS
@@ -217,7 +223,8 @@ def recovered_hesitation(
         return rate + (x - rate * c) / c.mean()
 
     ends = contributions(floor), contributions(ceiling)
-    return recovered(contributions(model), *ends, config).plain()
+    strata = _joined([_sums(result) for result in model.values()]).stratum
+    return recovered(contributions(model), *ends, config, strata=strata).plain()
 
 
 def _sums(result: BenchmarkResult) -> _Sums:
@@ -229,10 +236,11 @@ def _sums(result: BenchmarkResult) -> _Sums:
         sums[:, index[row.question]] += torch.tensor(values, dtype=torch.float64)
     correct, tokens, hesitations, responses = sums
     weight = torch.full((n,), 1 / n, dtype=torch.float64)
-    return _Sums(correct, tokens, hesitations, responses, weight)
+    return _Sums(correct, tokens, hesitations, responses, weight, torch.zeros(n, dtype=torch.int64))
 
 
 def _joined(parts: Sequence[_Sums]) -> _Sums:
+    parts = [part._replace(stratum=part.stratum + i) for i, part in enumerate(parts)]
     return _Sums(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
@@ -249,7 +257,9 @@ def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
     scale = scores.weight / scores.responses
 
     def interval(sums: Tensor, counts: Tensor, largest: float = math.inf) -> Any:
-        return ratio(sums * scale, counts * scale, bounds=(0.0, largest), config=config).plain()
+        given = sums * scale, counts * scale
+        bounds, strata = (0.0, largest), scores.stratum
+        return ratio(*given, bounds=bounds, strata=strata, config=config).plain()
 
     hesitations = interval(1000 * scores.hesitations, scores.tokens)
     if not scores.hesitations.any():
@@ -280,15 +290,15 @@ def _by_word(
     if not words:
         return {}
     scale = scores.weight / scores.responses
-    rates = ratio(
-        1000 * torch.cat([_words(result, words) for result in results], 1) * scale,
-        scores.tokens * scale,
-        bounds=(0.0, math.inf),
-        config=config,
-    )
-    return {
-        word: Intervals(*(values[i] for values in rates)).plain() for i, word in enumerate(words)
-    }
+    counts = torch.cat([_words(result, words) for result in results], 1)
+    given = 1000 * counts * scale, scores.tokens * scale
+    bounds, strata = (0.0, math.inf), scores.stratum
+    rates = ratio(*given, bounds=bounds, strata=strata, config=config).plain()
+    most = _most_hesitations(scores, (config or BootstrapConfig()).level)
+    for rate, occurred in zip(rates, counts.any(1), strict=True):
+        if not occurred:
+            rate["high"] = most or rate["high"]
+    return dict(zip(words, rates, strict=True))
 
 
 def _words(result: BenchmarkResult, words: Sequence[str]) -> Tensor:
@@ -312,7 +322,7 @@ def _recovered(
     if floor is None or ceiling is None or scores is floor or scores is ceiling:
         return None
     a, b, c = (each.correct / each.responses * each.weight for each in (scores, floor, ceiling))
-    return recovered(a, b, c, config).plain()
+    return recovered(a, b, c, config, strata=scores.stratum).plain()
 
 
 def _speed(results: Sequence[BenchmarkResult]) -> float | None:

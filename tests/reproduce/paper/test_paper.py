@@ -191,6 +191,20 @@ def test_differences_over_seeds_have_the_sign_of_the_row() -> None:
     assert finding.value == "bare − wide: 0.200 [0.190, 0.210] nats"
 
 
+@pytest.mark.parametrize(
+    ("l0", "expected"),
+    [(9.25, "yes"), (3.25, "not measurable: L0 differs"), (30.5, "yes")],  # wide has an L0 of 10
+)
+def test_a_larger_kl_at_a_smaller_l0_shows_nothing(l0: float, expected: str) -> None:
+    result = evaluation()
+    for group, value in zip(result["seeds"]["groups"], (10.0, l0), strict=True):
+        group["l0"] = value
+    finding = e.against("bare")(result)
+    assert finding is not None
+    assert finding.verdict == expected
+    assert finding.value.endswith(f" nats at L0 {l0} and 10.0")
+
+
 def test_nothing_that_loops_is_not_measurable() -> None:
     result = evaluation()
     for scores in result["benchmarks"]["a"].values():
@@ -250,7 +264,9 @@ def test_the_interval_of_an_interaction_decides(value: float, expected: str) -> 
     assert result.verdict == expected
 
 
-def study(removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2) -> dict[str, Any]:
+def study(
+    removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2, added: float = 8.0
+) -> dict[str, Any]:
     def arm(kind: str | None, rate: float, **more: Any) -> dict[str, Any]:
         accuracy = more.get("accuracy", interval(0.5))
         scores = {"accuracy": accuracy, "length": interval(40.0)}
@@ -266,7 +282,7 @@ def study(removed: float = 1.0, accuracy: float = 0.5, template: float = 0.2) ->
             arm(None, 5.0, selection=""),
             arm("only", 0.1, selection="bias"),
             arm("ablate", removed, accuracy=interval(accuracy)),
-            arm("only", 8.0),
+            arm("only", added),
             arm("only", template, selection="template"),
         ],
         "claims": [{**claim, "value": interval(1 - removed / 5), "holds": holds}],
@@ -281,6 +297,7 @@ def test_claims_about_a_study() -> None:
         (h.unharmed, {"accuracy": 0.4}),
         (h.unharmed_by_benchmark, {"accuracy": 0.4}),
         (h.added, {"template": 7.0}),
+        (h.added, {"added": 4.9}),  # less than the whole adapter
     ]
     assert h.unharmed_by_benchmark(study(accuracy=0.4)).verdict == "no for 1 of 2"  # type: ignore[union-attr]
     for measure, refuting in cases:

@@ -245,6 +245,7 @@ def test_finished_parts_are_not_repeated(
     assert text.startswith("# Recipes\n")
     assert "(page/embedded.png)" in text
     assert tables in text
+    assert "Not measured yet" not in text
     assert not (out / "embedded/l1/0.1/seed1/run").exists()
 
 
@@ -274,6 +275,11 @@ def test_a_summary_is_of_recipes_with_all_values(
     l1, topk = result_of(out)["recipes"]
     assert (l1["seeds"], topk["seeds"]) == ([2], [1])
     assert topk["change"] == [None] * 3  # no common seed
+    for part in parts(out, path):
+        if part.recipe["name"] == "topk":
+            (part.folder / MEASURED).unlink(missing_ok=True)
+    assert run(out, path, "--summary", "--page", str(out.parent / "page.md")) == 0
+    assert "Not measured yet: topk (embedded pair).\n" in (out.parent / "page.md").read_text()
 
 
 def test_other_settings_make_a_part_unmeasured(finished: tuple[Path, Path]) -> None:
