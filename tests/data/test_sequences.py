@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.families import FAMILIES
+from fastadapt.data.mixtures import Mixture
 from fastadapt.data.rendering import render
-from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.data.sequences import DataConfig, Sequences, count_repeated, load_sequences
 from fastadapt.errors import UserError
 
 
@@ -72,6 +73,22 @@ def test_there_is_one_bos_and_no_eos(
     ids = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0].input_ids
     assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
     assert (ids != tokenizer.eos_token_id).all()
+
+
+def test_held_out_texts_that_are_training_texts_are_counted(
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
+    def load(name: str, *responses: str) -> Sequences:
+        path = write_jsonl([turns("1 + 1", response) for response in responses], name)
+        return load_sequences(path, tokenizer, config(), split="train")
+
+    first, second = load("a.jsonl", "2", "3", "so 3", "wait"), load("b.jsonl", "3 wait", "4")
+    held_out = load("c.jsonl", "3", "3", "3 wait", "2 so wait", "1")
+    assert count_repeated(held_out, first) == 2
+    assert count_repeated(held_out, Mixture([first, second], [1, 2])) == 3
+    assert count_repeated(load("d.jsonl", "1", "so 1"), first) == 0
 
 
 def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(
