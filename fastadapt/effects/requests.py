@@ -19,6 +19,7 @@ from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import check_exists
+from fastadapt.models.pretrained import encode_text
 from fastadapt.models.trained_files import read_adapters
 
 RUN = "run"  # name of the run in RunContents.models
@@ -34,7 +35,7 @@ def prompt_ids(
     Args:
         models: the run; its tokenizer and its chat format are used.
         prompt: the user's text.
-        plain: encode the text as it is, with the tokenizer's default special tokens.
+        plain: encode the text as it is, with the special tokens that the tokenizer adds.
         prefill: how the prompt opens the response, see
             :func:`fastadapt.data.rendering.opening_of`.
 
@@ -44,7 +45,7 @@ def prompt_ids(
     """
     if plain and prefill is not None:
         raise UserError("--prefill opens the response in a conversation; leave out --plain")
-    ids = list(models.tokenizer(prompt)["input_ids"]) if plain and prompt else []
+    ids = encode_text(models.tokenizer, prompt) if plain and prompt else []
     if not (ids if plain else prompt.strip()):
         raise UserError("prompt: expected a text, got none")
     if plain:
