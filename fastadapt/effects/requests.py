@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from fastadapt.data.contents import Turn
 from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
 from fastadapt.data.tokens import Encoder, Markers, check_ids, encode
@@ -68,17 +69,22 @@ def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
     family = _family(models)
     if family is None and prefill == "thinking":
         raise UserError("prefill: expected none, since the run records no chat format")
-    text = "" if family is None else opening_of(get_form(family), prefill)
-    return _plain_ids(models, text) if text else []
+    if family is None or not opening_of(get_form(family), prefill):
+        return []
+    return _plain_ids(models, prompt_pieces("?", family, prefill).pieces[-1].text)
 
 
-def response_ids(models: ModelSet, text: str, *, plain: bool = False) -> list[int]:
+def response_ids(
+    models: ModelSet, text: str, *, plain: bool = False, prefill: Prefill | None = None
+) -> list[int]:
     """Return the tokens of a response's text, which continue those of :func:`prompt_ids`.
 
     Args:
         models: the run.
         text: the assistant's words, encoded as in the run's training data.
         plain: encode the text as it is; so is a text if the run records no chat format.
+        prefill: as for :func:`prompt_ids`; without an opening there, the response begins with what
+            the chat format writes before the assistant's words (``data.family.lead``).
 
     Raises:
         UserError: the tokenizer cannot encode a special token in the text as text.
@@ -86,7 +92,15 @@ def response_ids(models: ModelSet, text: str, *, plain: bool = False) -> list[in
     family = None if plain else _family(models)
     if family is None:
         return _plain_ids(models, text)
-    return _encode(models, family, Rendered((Piece(text, "text", "assistant"),)), "response")
+    form = get_form(family)
+    if opening_of(form, prefill):
+        said = [Piece(text, "text", "assistant")]
+    else:
+        rendered = form.render([Turn("user", "?"), Turn("assistant", text)])
+        said = [p for p in rendered.pieces if p.role == "assistant" and p.part in ("text", "end")]
+        while said and said[-1].part == "end":  # the end of the turn
+            said.pop()
+    return _encode(models, family, Rendered(tuple(said)), "response")
 
 
 def _plain_ids(models: ModelSet, text: str) -> list[int]:

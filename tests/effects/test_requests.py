@@ -89,6 +89,41 @@ def test_special_tokens_in_a_prompt_are_read_as_in_training(
     assert counts == ([2, 1] if markers == "text" else [3, 2])
 
 
+LEAD = {
+    "user": ["<|im_start|>user\n", "<|im_end|>\n"],
+    "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
+    "lead": " ",
+    "markers": MARKERS,
+}
+STRIPS = {
+    "template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+}
+
+
+@pytest.mark.parametrize("family", ["qwen", LEAD, STRIPS])
+@pytest.mark.parametrize("said", [SAID, "<think> so </think> now", " now "])
+def test_a_response_is_read_as_in_training(
+    open_run: Callable[..., ModelSet], family: Any, said: str
+) -> None:
+    """With the format's lead, its line break after ``<think>``, and what its template strips."""
+    run = open_run(family=family)
+    end = run.tokenizer("<|im_end|>\n")["input_ids"]
+    expected = training_ids(run.tokenizer, said=said, family=family)
+    prompt = prompt_ids(run, ASKED, prefill="none")
+    assert prompt + response_ids(run, said, prefill="none") + end == expected
+
+
+def test_a_response_whose_reasoning_the_prompt_opens(open_run: Callable[..., ModelSet]) -> None:
+    run = open_run(family=LEAD)
+    expected = training_ids(run.tokenizer, said="<think> so", family=LEAD)
+    prompt = prompt_ids(run, ASKED, prefill="thinking")
+    end = run.tokenizer("<|im_end|>\n")["input_ids"]
+    assert prompt + response_ids(run, "so", prefill="thinking") + end == expected
+    before = prompt_ids(run, ASKED, prefill="none")
+    assert before + opening_ids(run, "thinking") == prompt
+
+
 def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
     """Wherever a user types a text that is read as it is."""
     names = ("organism/target", "organism/base")
