@@ -169,7 +169,8 @@ def trace(
     ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
     answer: list[int] = []
     if response is not None:
-        answer = response_ids(loaded.models, response, plain=plain) if response else []
+        if response:
+            answer = response_ids(loaded.models, response, plain=plain, prefill=prefill)
     elif max_new_tokens:
         settings = GenerateConfig(models=("target",), max_new_tokens=max_new_tokens)
         (generated,) = generate(loaded, ids, settings)

@@ -126,6 +126,12 @@ class Progress:
             self._markers("training data", record)
         for source in sources:
             self._source(source)
+        if n := record.get("held_out_in_training"):
+            self.write(
+                f"hint: {n:,} of {record['held_out_sequences']:,} held-out sequences are training "
+                "sequences, too, so that held-out results are too good; check data.train and "
+                "data.validation"
+            )
         if record["kind"] == "resume":
             self.write(f"resuming after step {step} of {self._steps}")
             for passed in record.get("passed_over", ()):

@@ -32,7 +32,11 @@ IDS = ("input_ids", "tokens")
 #: Columns that go with a prompt's text: more of the user's words. With turns too: the system's.
 INPUT, SYSTEMS = "input", ("system", "system_prompt")
 #: Columns, and keys of turns, that some programs read as a part of the text or of its labels.
-SIGNIFICANT = (INPUT, *SYSTEMS, "tools", "functions", "history", "documents", "labels", "loss_mask")
+SIGNIFICANT = (
+    *(INPUT, *SYSTEMS, "tools", "functions", "history", "documents", "context", "passage"),
+    *("reasoning", "reasoning_content", "reasoning_trace", "thinking", "thought", "thoughts"),
+    *("cot", "chain_of_thought", "rationale", "labels", "loss_mask"),
+)
 SIGNIFICANT_KEYS = ("weight", "train", "loss")
 #: Rows from which the columns are recognised.
 PEEKED = 20

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -240,6 +241,14 @@ class Sequences(Sequence[Sample]):
         starts = [0, *self._ends[:-1]]
         return [end - start for start, end in zip(starts, self._ends, strict=True)]
 
+    def ids_with(self, lengths: Collection[int]) -> Iterator[bytes]:
+        """Yield the token ids of the sequences that have one of these lengths, as int32."""
+        tokens, start = self.tokens.numpy(), 0
+        for end in self._ends:
+            if end - start in lengths:
+                yield tokens[start:end].tobytes()
+            start = end
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -256,6 +265,14 @@ class Sequences(Sequence[Sample]):
         for first, end in zip(spans[::2], spans[1::2], strict=True):
             labels[first:end] = input_ids[first:end]
         return Sample(index, input_ids, labels)
+
+
+def count_repeated(held_out: Sequences, train: Sequences) -> int:
+    """Return the number of held-out sequences whose token ids are also a training sequence."""
+    lengths = set(held_out.lengths)
+    counts = Counter(held_out.ids_with(lengths))
+    repeated = {ids for ids in train.ids_with(lengths) if ids in counts}
+    return sum(counts[ids] for ids in repeated)
 
 
 def load_sequences(

@@ -30,7 +30,13 @@ from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_SPLITS = ("train", "validation", "test")
+#: Words in names of files and folders that name a split, as in ``datasets``: the word, the split.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")  # of a split, as the hub names its files
 _EXAMPLES = 5  # bad rows whose errors are shown
 
 Policy = Literal["stop", "skip"]
@@ -43,9 +49,9 @@ class Source:
     Attributes:
         name: a .jsonl, .json, .csv or .parquet file, a folder of .jsonl, .parquet or .csv files or
             of a dataset that ``datasets`` saved, or the id of a dataset on the hub. A folder is
-            read in the order of the paths; links are followed. If files, or folders that hold the
-            parts of one file, are named after splits (``train-00000.parquet``), only those of
-            ``split`` are read. ``datasets`` downloads and caches a dataset of the hub.
+            read in the order of the paths; links are followed. If files or folders in it are named
+            after splits (``train-00000.parquet``, ``val/a.jsonl``), only those of ``split`` are
+            read. ``datasets`` downloads and caches a dataset of the hub.
         split: split of the hub's dataset or of the folder; ignored for a single file.
         revision: branch, tag or commit on the hub.
         subset: configuration of a hub dataset, or folder within a folder.
@@ -265,14 +271,20 @@ def _select_files(folder: Path, split: str) -> list[Path]:
             f"data source {str(folder)!r}: the folder holds no .jsonl or .parquet file, no .csv "
             "file, and no dataset that datasets.save_to_disk wrote"
         )
-    names = {path: _split_name(path.relative_to(folder)) for path in files}
-    if not any(name in (*_SPLITS, split) for name in names.values()):
+    names = {path: _split_name(path.relative_to(folder), split.lower()) for path in files}
+    if not any(names.values()):
         return files
-    chosen = [path for path in files if names[path] == split]
+    chosen = [path for path in files if names[path] == split.lower()]
+    if not chosen and split.lower() in _SPLIT_WORDS:
+        meant = _SPLIT_WORDS[split.lower()]
+        chosen = [path for path in files if _SPLIT_WORDS.get(names[path] or "") == meant]
     if not chosen:
         names_of_files = ", ".join(str(path.relative_to(folder)) for path in files[:5])
+        splits = ", ".join(sorted({name for name in names.values() if name}))
         raise UserError(
-            f"data source {str(folder)!r}: no file of split {split!r} among {names_of_files}"
+            f"data source {str(folder)!r}: no file of split {split!r} among {names_of_files}; the "
+            f"splits are {splits}; choose one with data.train_split or data.validation_split "
+            "(other commands: --split)"
         )
     return chosen
 
@@ -306,10 +318,33 @@ def _cannot_list(error: OSError) -> NoReturn:
     raise UserError(f"data source {str(error.filename)!r}: {reason}") from None
 
 
-def _split_name(path: Path) -> str:
-    """Return the part of a path that may name a split: ``train`` for ``train.parquet/part-0``."""
-    name = next(part for part in path.parts if Path(part).suffix in READABLE)
-    return re.split(r"[-_.]", Path(name).stem)[0]
+def _split_name(path: Path, split: str) -> str | None:
+    """Return the name of the split of a file in a folder, in lower case; None without one.
+
+    Args:
+        path: path below the folder.
+        split: a split, in lower case, which may have a name of its own, such as ``train_sft``.
+
+    Example:
+        >>> [_split_name(Path(name), "train") for name in ("val/a.jsonl", "chats-train.jsonl")]
+        ['val', 'train']
+        >>> _split_name(Path("train_sft-00000-of-00002.parquet"), "train")
+        'train_sft'
+    """
+    parts = [part.lower() for part in path.parts]
+    file = next(i for i, part in enumerate(parts) if Path(part).suffix in READABLE)
+    folders, stem = parts[:file][::-1], Path(parts[file]).stem
+    for name in folders:
+        if name == split or name in _SPLIT_WORDS:
+            return name
+    # A digit ends a word of _SPLIT_WORDS (train1), but not a split of another name (fold1, fold10).
+    words = "|".join(_SPLIT_WORDS)
+    word = re.compile(rf"(?<![^-_. 0-9])({re.escape(split)}(?![^-_. ])|(?:{words})(?![^-_. 0-9]))")
+    shard = _SHARD.match(stem)
+    if shard and word.search(shard[1]):
+        return shard[1]
+    matches = (word.search(name) for name in (stem, *folders))
+    return next((match[0] for match in matches if match), None)
 
 
 def _read_hub(

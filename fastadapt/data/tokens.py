@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastadapt.data.rendered import Form, Piece, Rendered
 from fastadapt.errors import UserError
+from fastadapt.models.pretrained import added_bos
 
 Markers = Literal["text", "tokens"]
 
@@ -75,10 +76,14 @@ class Encoder:
         return results
 
     def encode_text(self, text: str) -> Encoded:
-        """Return the tokens of plain text, after the tokenizer's BOS if it adds one."""
-        ids = self._tokenizer("", verbose=False)["input_ids"]
-        bos = ids[:1] if ids and ids[0] == self._tokenizer.bos_token_id else []
+        """Return the tokens of plain text, after the tokenizer's BOS if it adds one.
+
+        A text whose own BOS is a token (``data.markers``) gets no second one.
+        """
         (encoded,) = self.encode([Rendered((Piece(text, "text", None),))], offsets=True)
+        bos = added_bos(self._tokenizer)
+        if encoded.ids[:1] == bos:
+            bos = []
         return Encoded([*bos, *encoded.ids], [(0, 0)] * len(bos) + encoded.offsets, encoded.marked)
 
     def _encode_apart(self, text: Rendered) -> Encoded:

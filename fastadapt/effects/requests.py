@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from fastadapt.data.contents import Turn
 from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
 from fastadapt.data.tokens import Encoder, Markers, check_ids, encode
@@ -19,6 +20,7 @@ from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import check_exists
+from fastadapt.models.pretrained import encode_text
 from fastadapt.models.trained_files import read_adapters
 
 RUN = "run"  # name of the run in RunContents.models
@@ -34,7 +36,7 @@ def prompt_ids(
     Args:
         models: the run; its tokenizer and its chat format are used.
         prompt: the user's text.
-        plain: encode the text as it is, with the tokenizer's default special tokens.
+        plain: encode the text as it is, with the special tokens that the tokenizer adds.
         prefill: how the prompt opens the response, see
             :func:`fastadapt.data.rendering.opening_of`.
 
@@ -44,7 +46,7 @@ def prompt_ids(
     """
     if plain and prefill is not None:
         raise UserError("--prefill opens the response in a conversation; leave out --plain")
-    ids = list(models.tokenizer(prompt)["input_ids"]) if plain and prompt else []
+    ids = encode_text(models.tokenizer, prompt) if plain and prompt else []
     if not (ids if plain else prompt.strip()):
         raise UserError("prompt: expected a text, got none")
     if plain:
@@ -67,17 +69,22 @@ def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
     family = _family(models)
     if family is None and prefill == "thinking":
         raise UserError("prefill: expected none, since the run records no chat format")
-    text = "" if family is None else opening_of(get_form(family), prefill)
-    return _plain_ids(models, text) if text else []
+    if family is None or not opening_of(get_form(family), prefill):
+        return []
+    return _plain_ids(models, prompt_pieces("?", family, prefill).pieces[-1].text)
 
 
-def response_ids(models: ModelSet, text: str, *, plain: bool = False) -> list[int]:
+def response_ids(
+    models: ModelSet, text: str, *, plain: bool = False, prefill: Prefill | None = None
+) -> list[int]:
     """Return the tokens of a response's text, which continue those of :func:`prompt_ids`.
 
     Args:
         models: the run.
         text: the assistant's words, encoded as in the run's training data.
         plain: encode the text as it is; so is a text if the run records no chat format.
+        prefill: as for :func:`prompt_ids`; without an opening there, the response begins with what
+            the chat format writes before the assistant's words (``data.family.lead``).
 
     Raises:
         UserError: the tokenizer cannot encode a special token in the text as text.
@@ -85,7 +92,15 @@ def response_ids(models: ModelSet, text: str, *, plain: bool = False) -> list[in
     family = None if plain else _family(models)
     if family is None:
         return _plain_ids(models, text)
-    return _encode(models, family, Rendered((Piece(text, "text", "assistant"),)), "response")
+    form = get_form(family)
+    if opening_of(form, prefill):
+        said = [Piece(text, "text", "assistant")]
+    else:
+        rendered = form.render([Turn("user", "?"), Turn("assistant", text)])
+        said = [p for p in rendered.pieces if p.role == "assistant" and p.part in ("text", "end")]
+        while said and said[-1].part == "end":  # the end of the turn
+            said.pop()
+    return _encode(models, family, Rendered(tuple(said)), "response")
 
 
 def _plain_ids(models: ModelSet, text: str) -> list[int]:

@@ -30,6 +30,7 @@ from fastadapt.graphs.targets import (
     one_token,
 )
 from fastadapt.graphs.unfinished import Batches
+from fastadapt.models.pretrained import encode_text
 from fastadapt.models.replacement import ReplacementModel
 
 HEADS = 10  # edges of the first target that are split by heads
@@ -110,12 +111,12 @@ def _quoted(model: ReplacementModel, token: int) -> str:
 
 
 def token_ids(model: ReplacementModel, prompt: str) -> Tensor:
-    """Return the ids ``[T]`` of a prompt, tokenized with the tokenizer's defaults.
+    """Return the ids ``[T]`` of a prompt, with the special tokens that the tokenizer adds.
 
     Raises:
         UserError: the prompt has no tokens, or more than the model can read.
     """
-    ids = model.pair.tokenizer(prompt, verbose=False)["input_ids"]
+    ids = encode_text(model.pair.tokenizer, prompt)
     if not ids:
         raise UserError(f"prompt: expected a text, got {prompt!r}, which has no tokens")
     return check_ids(model, ids)

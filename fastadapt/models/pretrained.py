@@ -244,6 +244,22 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text as it is, with the special tokens that the tokenizer adds.
+
+    A text that begins with the BOS itself, as a chat template writes it, gets no second one.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    bos = added_bos(tokenizer)
+    return ids[1:] if bos and ids[:2] == bos * 2 else ids
+
+
+def added_bos(tokenizer: Any) -> list[int]:
+    """Return the BOS that the tokenizer adds to every text, as a list of one id or none."""
+    ids = tokenizer("", verbose=False)["input_ids"]
+    return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
+
+
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
     """Return the local path of a file in a folder or hub repository, or None if it is missing.
 

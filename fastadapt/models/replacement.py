@@ -36,6 +36,7 @@ from fastadapt.models.baselines import (
 from fastadapt.models.block_inputs import BlockInputs, record_inputs
 from fastadapt.models.fused_blocks import FusedBlocks
 from fastadapt.models.pair import ModelPair, PairConfig
+from fastadapt.models.pretrained import encode_text
 from fastadapt.models.recompute import SavingModules
 from fastadapt.models.sources.checks import PairMismatchError
 
@@ -283,8 +284,8 @@ class ReplacementModel(nn.Module):
         Hidden states are computed in the mode ``replacement``; the model's mode does not change.
 
         Args:
-            text: a text, tokenized with the tokenizer's defaults; or token ids, int64 ``[T]`` or
-                ``[B, T]`` without padding.
+            text: a text, read with the special tokens that the tokenizer adds; or token ids, int64
+                ``[T]`` or ``[B, T]`` without padding.
 
         Returns:
             For each layer the codes of its adapter: ``tokens`` (index into the flattened ids),
@@ -303,7 +304,7 @@ class ReplacementModel(nn.Module):
         if self.n_features == 0:
             raise UserError("features: expected transcoders, got a baseline's trained weights")
         if isinstance(text, str):
-            text = self.pair.tokenizer(text)["input_ids"]
+            text = encode_text(self.pair.tokenizer, text)
         ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
         if ids.ndim not in (1, 2) or ids.numel() == 0:
             raise UserError(

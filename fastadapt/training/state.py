@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
+from fastadapt.data.sequences import count_repeated
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Count, Finite, NonNegative, check
 from fastadapt.models.sources.fingerprint import changes
@@ -190,6 +191,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "steps": run.steps,
         "sequences": len(run.feed.train),
         "held_out_sequences": len(run.feed.held_out),
+        "held_out_in_training": count_repeated(run.feed.held_out, run.feed.train),
         "epoch_tokens": run.feed.train.counts.tokens,
         "too_long": run.feed.train.counts.too_long,
         "with_markers": run.feed.train.counts.with_markers,

@@ -123,6 +123,16 @@ def test_what_is_not_read_and_a_family_for_a_template_are_said() -> None:
     ]
 
 
+def test_held_out_texts_that_are_training_texts_are_said() -> None:
+    stream = io.StringIO()
+    start = {"kind": "start", "step": 0, "steps": 4, "held_out_sequences": 1200}
+    Progress(stream).record({**start, "held_out_in_training": 0})
+    assert stream.getvalue() == ""
+    Progress(stream).record({**start, "held_out_in_training": 1100})
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("hint: 1,100 of 1,200 held-out sequences are training sequences, too")
+
+
 def test_numbers_that_are_not_there_are_dashes() -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:

@@ -485,6 +485,9 @@ def test_what_is_not_read_is_named(name: str, tokenizer: Any, tmp_path: Path) ->
     assert layout.unread() == every
     plain = load(write_rows(tmp_path / "plain.jsonl", [{"id": "a", **GOOD}]), tokenizer)
     assert plain.unread == []
+    parts = {"question": "what", "context": "1 2", "reasoning": "so", "answer": "2"}
+    pair = load(write_rows(tmp_path / "pair.jsonl", [parts]), tokenizer)
+    assert pair.unread == ["'context'", "'reasoning'"]
 
 
 @pytest.mark.parametrize("columns", [None, "prompt,response"])

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.families import FAMILIES
-from fastadapt.data.rendering import render
-from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.data.mixtures import Mixture
+from fastadapt.data.rendering import get_form, render
+from fastadapt.data.sequences import DataConfig, Sequences, count_repeated, load_sequences
+from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
+from fastadapt.models.pretrained import encode_text, load_tokenizer
+from fastadapt.organism import resolve
 
 
 def config(**changes: Any) -> DataConfig:
@@ -72,6 +77,45 @@ def test_there_is_one_bos_and_no_eos(
     ids = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0].input_ids
     assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
     assert (ids != tokenizer.eos_token_id).all()
+
+
+def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
+    """The embedded tokenizer, with a BOS before every text, as most tokenizers have."""
+    tokenizer = load_tokenizer(resolve("organism/target"), None, trust=False)
+    bos, text = tokenizer.bos_token, "tom has 3 apples"
+    encoders = [Encoder(tokenizer, get_form("r1-distill"), each) for each in ("text", "tokens")]
+    assert bos not in tokenizer.convert_ids_to_tokens(encode_text(tokenizer, text))
+    twice = encode_text(tokenizer, bos * 2 + text)  # as it was typed
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    expected = tokenizer(text)["input_ids"]
+    assert expected.count(tokenizer.bos_token_id) == 1
+    assert encode_text(tokenizer, text) == encode_text(tokenizer, bos + text) == expected
+    assert encode_text(tokenizer, bos * 2 + text) == twice
+    for encoder in encoders:
+        assert encoder.encode_text(text).ids == expected
+    as_text, as_token = (encoder.encode_text(bos + text) for encoder in encoders)
+    assert as_token.ids == expected
+    assert len(as_token.offsets) == len(expected)
+    assert as_text.ids[0] == tokenizer.bos_token_id
+    assert as_text.ids != expected
+
+
+def test_held_out_texts_that_are_training_texts_are_counted(
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
+    def load(name: str, *responses: str) -> Sequences:
+        path = write_jsonl([turns("1 + 1", response) for response in responses], name)
+        return load_sequences(path, tokenizer, config(), split="train")
+
+    first, second = load("a.jsonl", "2", "3", "so 3", "wait"), load("b.jsonl", "3 wait", "4")
+    held_out = load("c.jsonl", "3", "3", "3 wait", "2 so wait", "1")
+    assert count_repeated(held_out, first) == 2
+    assert count_repeated(held_out, Mixture([first, second], [1, 2])) == 3
+    assert count_repeated(load("d.jsonl", "1", "so 1"), first) == 0
 
 
 def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(

@@ -13,7 +13,7 @@ import pytest
 
 from fastadapt.data.formats import read_files
 from fastadapt.data.hub import reading_hub
-from fastadapt.data.sources import Source, read_values
+from fastadapt.data.sources import Source, find_files, read_values
 from fastadapt.errors import UserError
 
 
@@ -86,6 +86,55 @@ def test_a_folder_named_after_splits_gives_the_split(
     assert read(tmp_path, "validation") == rows[3:]
     with pytest.raises(UserError, match="no file of split 'test' among data/train-00000"):
         read(tmp_path, "test")
+
+
+FOLDERS = {
+    "folders": ({"train": ["train/a.jsonl"], "validation": ["validation/a.jsonl"]}, None),
+    "folders of a source": ({"train": ["math/train/a.jsonl"], "test": ["math/test/a.jsonl"]}, None),
+    "the nearest folder": ({"train": ["dev/train/a.jsonl"], "test": ["dev/test/a.jsonl"]}, None),
+    "words in folders": ({"train": ["train_data/a.jsonl"], "dev": ["val_data/a.jsonl"]}, None),
+    "a folder, not its files": ({"validation": ["train/a.jsonl"]}, "splits are train; choose one"),
+    "words in names": ({"train": ["a-train.jsonl"], "validation": ["a-validation.jsonl"]}, None),
+    "synonyms": ({"train": ["training.jsonl"], "validation": ["val.jsonl"]}, None),
+    "other synonyms": ({"train": ["Train_1.jsonl"], "test": ["eval1.jsonl", "eval2.jsonl"]}, None),
+    "the name itself first": ({"test": ["test.jsonl"], "eval": ["eval.jsonl"]}, None),
+    "the first word": ({"train": ["train_on_test.jsonl"], "test": ["test.jsonl"]}, None),
+    "no split": ({"train": ["a.jsonl", "latest/trainer.jsonl", "x-00000-of-00001.jsonl"]}, None),
+    "shards": (
+        {
+            "train_sft": ["train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl"],
+            "train_gen": ["train_gen-00000-of-00001.jsonl"],
+            "test_sft": ["test_sft-00000-of-00001-6ef3991c0608.jsonl"],
+        },
+        None,
+    ),
+    "a part of a shard's split": (
+        {"train": ["train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"]},
+        "no file of split 'train' among .*; the splits are train_gen, train_sft; choose one with",
+    ),
+    "splits of other names": ({"fold1": ["fold1-a.jsonl"], "fold10": ["fold10.jsonl"]}, None),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_files_and_folders_name_splits(
+    case: str,
+    rows: list[list[dict[str, str]]],
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    splits, message = FOLDERS[case]
+    for names in splits.values():
+        for name in names:
+            write_jsonl(rows, name)
+    for split, names in splits.items():
+        if message is not None:
+            with pytest.raises(UserError, match=message):
+                find_files(str(tmp_path), split)
+            continue
+        files = find_files(str(tmp_path), split)
+        assert files is not None
+        assert sorted(path.relative_to(tmp_path).as_posix() for path in files) == sorted(names)
 
 
 @pytest.mark.parametrize("group", [1, 3, 100])

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from by_hand import random_adapters
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import fastadapt
 from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.contents import Content, Turn
 from fastadapt.data.sources import BadRows, Row
 from fastadapt.data.tokenised import RowTokeniser
 from fastadapt.effects.requests import opening_ids, prompt_ids, response_ids
 from fastadapt.errors import UserError
+from fastadapt.evaluation.difference.texts import typed_text
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.graphs.explain import token_ids
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene, no_features
+from fastadapt.models.pair import ModelPair, PairConfig
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.training.config import from_dict, save_config
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
@@ -60,9 +68,9 @@ def open_run(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., Mo
 PAIR = ("target", "base")
 
 
-def training_ids(tokenizer: Any, **data: Any) -> list[int]:
+def training_ids(tokenizer: Any, said: str = SAID, **data: Any) -> list[int]:
     tokeniser = RowTokeniser(tokenizer, **data)
-    content = Content((Turn("user", ASKED), Turn("assistant", SAID)))
+    content = Content((Turn("user", ASKED), Turn("assistant", said)))
     (row,) = tokeniser.tokenise([Row("row 0", 0, content, {})], BadRows("stop"))
     return row.encoded.ids
 
@@ -79,6 +87,60 @@ def test_special_tokens_in_a_prompt_are_read_as_in_training(
         (prompt + response).count(run.tokenizer.convert_tokens_to_ids(each)) for each in MARKERS
     ]
     assert counts == ([2, 1] if markers == "text" else [3, 2])
+
+
+LEAD = {
+    "user": ["<|im_start|>user\n", "<|im_end|>\n"],
+    "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
+    "lead": " ",
+    "markers": MARKERS,
+}
+STRIPS = {
+    "template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+}
+
+
+@pytest.mark.parametrize("family", ["qwen", LEAD, STRIPS])
+@pytest.mark.parametrize("said", [SAID, "<think> so </think> now", " now "])
+def test_a_response_is_read_as_in_training(
+    open_run: Callable[..., ModelSet], family: Any, said: str
+) -> None:
+    """With the format's lead, its line break after ``<think>``, and what its template strips."""
+    run = open_run(family=family)
+    end = run.tokenizer("<|im_end|>\n")["input_ids"]
+    expected = training_ids(run.tokenizer, said=said, family=family)
+    prompt = prompt_ids(run, ASKED, prefill="none")
+    assert prompt + response_ids(run, said, prefill="none") + end == expected
+
+
+def test_a_response_whose_reasoning_the_prompt_opens(open_run: Callable[..., ModelSet]) -> None:
+    run = open_run(family=LEAD)
+    expected = training_ids(run.tokenizer, said="<think> so", family=LEAD)
+    prompt = prompt_ids(run, ASKED, prefill="thinking")
+    end = run.tokenizer("<|im_end|>\n")["input_ids"]
+    assert prompt + response_ids(run, "so", prefill="thinking") + end == expected
+    before = prompt_ids(run, ASKED, prefill="none")
+    assert before + opening_ids(run, "thinking") == prompt
+
+
+def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
+    """Wherever a user types a text that is read as it is."""
+    names = ("organism/target", "organism/base")
+    pair = ModelPair.load(PairConfig(*names, device="cpu"))
+    model = ReplacementModel.create(pair, AdapterConfig(n_features=8))
+    bos, text = pair.tokenizer.bos_token, "tom has 3 apples"
+    pair.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, pair.tokenizer.bos_token_id)]
+    )
+    expected = pair.tokenizer(text)["input_ids"]
+    models: Any = SimpleNamespace(tokenizer=pair.tokenizer)
+    for typed in (text, bos + text):
+        assert prompt_ids(models, typed, plain=True) == expected
+        assert typed_text(typed, pair.tokenizer, 500, 500).ids == expected
+        assert token_ids(model, typed).tolist() == expected
+    one, other = model.features(bos + text), model.features(expected)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
 def test_a_plain_prompt_is_read_as_it_is(open_run: Callable[..., ModelSet]) -> None:

@@ -46,6 +46,7 @@ def test_the_lock_of_the_main_job_is_complete(project: dict[str, Any], root: Pat
     locked = pins(root / "requirements.lock")
     assert closure(project["dependencies"]) <= set(locked)
     assert (locked["torch"], locked["triton"]) == ("2.13.0", "3.7.1")
+    assert "duckdb" in locked  # docs/first-hour.md goes on after `make train`: features select
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,15 @@ def test_files_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path)
     assert metadata["objective"]["sparsity"] == config.objective.sparsity
 
 
+def test_held_out_texts_that_are_training_texts_are_recorded(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    data = tiny_config().data
+    train(tiny_config(**{"data.validation": data.train, "optimizer.max_steps": 1}))
+    start = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert start["held_out_in_training"] == start["held_out_sequences"] == start["sequences"]
+
+
 def test_records_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = tiny_config(**{"run.log_every": 4})
     assert "report" not in train(config)
@@ -140,6 +149,8 @@ def test_records_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Pat
         ("eval", 12),
     ]
     by = {(r["kind"], r["step"]): r for r in records}
+    start = by["start", 0]
+    assert (start["held_out_sequences"], start["held_out_in_training"]) == (4, 0)
     assert by["eval", 0]["kl_adapter"] == by["eval", 0]["kl_hybrid"]  # a fresh adapter adds nothing
     assert by["eval", 12]["kl_adapter"] < by["eval", 0]["kl_adapter"]
     last = by["train", 12]

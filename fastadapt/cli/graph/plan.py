@@ -120,6 +120,7 @@ def _setup(
     from fastadapt.graphs.memory import GraphSetup
     from fastadapt.io.documents import read_yaml
     from fastadapt.io.names import typed_path
+    from fastadapt.models.pretrained import encode_text
     from fastadapt.models.sources.pair_sources import Sources, planned_config
     from fastadapt.models.trained_files import read_adapters
     from fastadapt.training.config import from_dict
@@ -142,7 +143,8 @@ def _setup(
         got = "neither" if prompt is None else "both"
         raise UserError(f"--dry-run: expected a prompt or --tokens, its length, got {got}")
     if tokens is None:
-        tokens = len(sources.tokenizer()(prompt, verbose=False)["input_ids"])
+        assert prompt is not None
+        tokens = len(encode_text(sources.tokenizer(), prompt))
     if tokens < 1:
         raise UserError(f"--tokens: expected 1 or more, got {tokens}")
     target = sources.configs(planned_config)[0]

@@ -13,6 +13,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.io.documents import read_text
 from fastadapt.io.names import has_file
+from fastadapt.models.pretrained import encode_text
 from fastadapt.organism import resolve
 
 
@@ -66,7 +67,7 @@ def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:
     name = "the text"
     if "\n" not in text and has_file(Path(text)):
         name, text = text, read_text(text)
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = encode_text(tokenizer, text)
     if len(ids) < 2:
         raise UserError(
             f"--text: expected a text of 2 tokens or more, or a file with one, got {text!r:.40}"
