@@ -1,5 +1,6 @@
 """The commands of benchmarks/gpu.py run without a GPU, at tiny shapes with interpreted kernels."""
 
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from benchmarks.commands import Entry
 from benchmarks.parts import scale
 from benchmarks.profiling import by_category
 from benchmarks.report import main
+from fastadapt.kernels import checks
 from fastadapt.models.recompute import POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,6 +316,31 @@ def test_a_kernel_that_no_case_launches_is_reported(monkeypatch: pytest.MonkeyPa
     assert last["wrong"].startswith("not launched: ")
     assert {"mark", "sum_by_feature", "student_kernel"} <= set(every_kernel.kernels())
     assert "mark" in last["wrong"].split(": ")[1].split(", ")
+
+
+def test_few_tokens_without_gradients_are_a_case(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The penalty of a few tokens has a kernel of its own where no gradient is needed."""
+    monkeypatch.setattr(checks, "ACTIVATIONS", {"relu": {}})
+    cases = checks.checks_of(torch.device(device), every_kernel.TINY, torch.float32)
+    with every_kernel.launches(every_kernel.kernels()) as launched:
+        assert all(check.ok for check in itertools.islice(cases, 5))
+    assert "cost_by_token" in launched
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
+def test_the_cases_launch_every_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens suffice: one call for few tokens, and a feature of more than 64 codes."""
+    sizes = every_kernel.Sizes(1, 3, 16, 40), every_kernel.Sizes(1, 67, 8, 16)
+    if device == "cpu":
+        monkeypatch.setattr(every_kernel, "FEW", sizes[0])
+        monkeypatch.setattr(every_kernel, "ODD", sizes[1:])
+    for row in every_kernel.rows(device):
+        assert row["right"], row
+        if row["op"] == "every kernel":  # of the first dtype
+            break
 
 
 def test_kernels_have_one_category_and_this_librarys_their_own() -> None:
