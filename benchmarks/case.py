@@ -1,7 +1,8 @@
 """Cases: an op with shapes, its implementations, oracle and cost; and the rows measured of a case.
 
 A row's results are compared with the oracle before the row is timed. Steps use several sets of
-inputs in turn. Tables and plots show the names of steps.
+inputs in turn. Inputs that a step overwrote, as liger-kernel's SwiGLU does, are made anew before
+the next step, and the row says so. Tables and plots show the names of steps.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ __all__ = [
     "Row",
     "Step",
     "add_ratios",
+    "bits",
     "cast",
     "compiled",
     "copies",
     "describe",
+    "overwritten",
     "row",
     "shares",
 ]
@@ -69,6 +72,7 @@ class Case:
 
     ``truth(inputs, dtype)`` is the oracle for float64, and the oracle's peer for the case's dtype.
     Inputs can be large. They are generated at first use and stay in memory until :meth:`release`.
+    ``make`` returns equal inputs at every call.
     """
 
     op: str
@@ -83,8 +87,10 @@ class Case:
 
     @cached_property
     def sets(self) -> Sequence[Inputs]:
-        """Sets of inputs."""
-        return self.make()
+        """Sets of inputs, which steps share."""
+        sets = self.make()
+        self.__dict__["_sums"] = [_checksums(inputs) for inputs in sets]
+        return sets
 
     @cached_property
     def cost(self) -> Cost:
@@ -120,9 +126,24 @@ class Case:
         """Return the case with only the named steps; unknown names are ignored."""
         return replace(self, steps={n: step for n, step in self.steps.items() if n in names})
 
+    def restore(self) -> list[str]:
+        """Free inputs that a step overwrote, so that they are made anew; return their names."""
+        if "sets" not in self.__dict__:
+            return []
+        pairs = zip(self.sets, self.__dict__["_sums"], strict=True)
+        changed = {
+            name
+            for inputs, sums in pairs
+            for name, now in _checksums(inputs).items()
+            if not torch.equal(now, sums[name])
+        }
+        if changed:
+            del self.__dict__["sets"], self.__dict__["_sums"]
+        return sorted(changed)
+
     def release(self) -> None:
         """Free inputs and expected results."""
-        for name in ("sets", "_expected"):
+        for name in ("sets", "_sums", "_expected"):
             self.__dict__.pop(name, None)
         if self.device == "cuda":  # make the memory available to other processes
             torch.cuda.empty_cache()
@@ -141,6 +162,21 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
             value = value.detach().to(dtype).requires_grad_(value.requires_grad)
         changed[key] = value
     return changed
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bits as integers, since NaN does not equal NaN."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+
+
+def _checksums(inputs: Inputs) -> dict[str, Tensor]:
+    """Return sums of the bits along the last dimension, of every tensor."""
+    return {
+        name: bits(value).sum(-1, dtype=torch.int64)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def compiled(function: Callable[..., Any], backend: str, dynamic: bool | None) -> Any:
@@ -170,8 +206,28 @@ def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int
 
     An implementation of this library with wrong results is not timed; a peer or a reference is
     timed and labelled. Errors of a peer and out-of-memory errors of any step are recorded in the
-    row.
+    row. A step that overwrites its inputs is labelled, and wrong unless it is a peer.
     """
+    try:
+        result = _checked_and_timed(case, name, roofs, seconds, least)
+    except torch.AcceleratorError:
+        raise  # the device no longer works
+    except Exception:
+        case.restore()
+        raise
+    return result | overwritten(case, name)
+
+
+def overwritten(case: Case, name: str) -> Row:
+    """Restore inputs that the step overwrote; return the fields of its row that say so."""
+    changed = case.restore()
+    if not changed:
+        return {}
+    wrong = {"right": False, "wrong": f"overwrites {', '.join(changed)}"}
+    return {"overwrites": changed} | (wrong if case.steps[name].kind != "peer" else {})
+
+
+def _checked_and_timed(case: Case, name: str, roofs: Roofs, seconds: float, least: int) -> Row:
     step = case.steps[name]
     result = describe(case, name)
     with warnings.catch_warnings():

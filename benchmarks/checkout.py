@@ -1,12 +1,14 @@
 """Make the package importable from this checkout without installation.
 
 An installation maps ``kernels/<op>`` to ``fastadapt.kernels.<op>``. A folder of links with the
-layout of the installed package does the same for this process and its subprocesses.
+layout of the installed package does the same for this process and its subprocesses. In the folder,
+``msgspec`` is a stand-in if it is not installed.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -31,6 +33,8 @@ def importable() -> dict[str, str]:
         (package / "kernels" / entry.name).symlink_to(entry)
     for op in ROOT.glob("kernels/*/__init__.py"):
         (package / "kernels" / op.parent.name).symlink_to(op.parent)
+    if importlib.util.find_spec("msgspec") is None:
+        (folder / "msgspec.py").symlink_to(ROOT / "benchmarks" / "without_msgspec.py")
     sys.path[:0] = [str(folder), str(ROOT)]
     inherited = os.environ.get("PYTHONPATH")
     path = [str(folder), str(ROOT), *([inherited] if inherited else [])]

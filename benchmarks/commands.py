@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import every_kernel, exactness, kernel_tests, lengths, sanitizer, whole_step
+from benchmarks import every_kernel, exactness, kernel_tests, lengths, sanitizer
 from benchmarks.case import Case, Row, row
 from benchmarks.parts import PARTS, Scale
 from benchmarks.roofs import Roofs
@@ -56,6 +56,9 @@ def kernels(c: Context) -> list[Entry]:
 
 def step(c: Context) -> list[Entry]:
     """Whole steps of a pair: agreement with the plain step, times, random lengths, repeats."""
+    # Unlike the other commands, this one imports transformers and the trainer.
+    from benchmarks import whole_step
+
     sizes = whole_step.SMALL if c.quick else whole_step.PAPER
     bench = whole_step.StepBench(sizes, c.scale.device, c.roofs)
     return [

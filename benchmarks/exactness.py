@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import head_cases, transcoder_steps
-from benchmarks.case import Inputs, Row
+from benchmarks.case import Inputs, Row, bits
 from benchmarks.head_cases import implementations as head_implementations
 from benchmarks.parts import Scale, block
 from benchmarks.transcoder_cases import implementations, plan_of
@@ -67,9 +67,9 @@ def activation_options(name: str, F: int, dtype: torch.dtype, device: str) -> di
 
 def _repeated(op: str, implementation: str, step: Any, times: int) -> Row:
     def differing() -> str:
-        first = {key: _bits(value) for key, value in step().items()}
+        first = {key: bits(value) for key, value in step().items()}
         others = (item for _ in range(times - 1) for item in step().items())
-        different = {key for key, value in others if not torch.equal(first[key], _bits(value))}
+        different = {key for key, value in others if not torch.equal(first[key], bits(value))}
         return ", ".join(sorted(different))
 
     return check_claim(op, implementation, f"{times} repeats give the same bits", differing)
@@ -85,12 +85,6 @@ def check_claim(op: str, implementation: str, claim: str, wrong: Callable[[], st
     except Exception as error:
         return row | {"right": False, "error": f"{type(error).__name__}: {error}"}
     return row | {"right": not message, "wrong": message}
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bits as integers, since NaN does not equal NaN."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(integers[tensor.element_size()])
 
 
 def large_indices(s: Scale) -> Iterator[Row]:

@@ -14,7 +14,8 @@ wrong, with exit code 1, if a check or a row of this library is; measurements co
 this library is timed only if its results are within the error budget. Parts without time, and
 peers that are not installed, are listed under ``left_out`` with the reason.
 
-The script needs torch, triton, transformers, numpy and pytest, and no installation of this package.
+The script needs torch, triton, transformers, numpy and pytest, with the packages that these
+require, and no others; this package need not be installed. Tests that need more are left out.
 ``--only PART`` runs single parts of a command. ``--device cpu --quick`` runs a command at tiny
 shapes with interpreted kernels.
 """
@@ -185,8 +186,9 @@ class Run:
                 return
 
     def leave_out(self, name: str, why: str) -> None:
-        """Record and print why a part is not complete."""
-        self.result["left_out"][name] = why
+        """Record and print why a part is not complete; a part may have several reasons."""
+        reasons = self.result["left_out"]
+        reasons[name] = f"{reasons[name]}; {why}" if name in reasons else why
         _say(f"  {name}: {why}")
 
     def write(self, *, finished: bool = False) -> None:

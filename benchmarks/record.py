@@ -50,6 +50,8 @@ def line_of(row: dict[str, Any]) -> str:
         words.append(f"{row['tests']} tests in {row['processes']} processes")
     if "first_s" in row:
         words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
+    if "overwrites" in row:
+        words.append("overwrites its inputs")
     if row.get("right") is False:
         words.append("WRONG")
     words += [str(row[key]) for key in ("wrong", "error", "skipped") if row.get(key)]

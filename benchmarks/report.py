@@ -132,6 +132,7 @@ def _rows(rows: Sequence[Row]) -> list[str]:
     for r in rows:
         shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
         name = r["implementation"] + ("" if r.get("right") is not False else " (not exact)")
+        name += " (overwrites its inputs)" if "overwrites" in r else ""
         if "median_s" not in r:
             table.append([shape, name, _why(r)])
             continue

@@ -1,4 +1,7 @@
-"""Run compute-sanitizer over every kernel, to detect invalid memory accesses and races."""
+"""Run compute-sanitizer over every kernel, to detect invalid memory accesses and races.
+
+A check without a result, since its time ended or the tool does not support the device, is left out.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ FOLDERS = "/usr/local/cuda*/bin"  # locations of CUDA's tools outside the PATH
 # Failed API calls are not reported: the allocator makes calls that may fail and handles that.
 KINDS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 MOST_S, RESERVE_S = 240.0, 5.0
+UNSUPPORTED = "Device not supported"  # printed by the tool, as in some containers
 
 
 def rows(device: str, env: dict[str, str], left: Callable[[], float]) -> Iterator[Row]:
@@ -37,6 +41,10 @@ def rows(device: str, env: dict[str, str], left: Callable[[], float]) -> Iterato
 
     def outcome(kind: str, command: list[str], env: dict[str, str]) -> Row:
         result = run_for(command, env, min(MOST_S, left() - RESERVE_S))
+        if result["rc"] is None:
+            return {"left_out": f"{kind}: {result['why']}"}
+        if UNSUPPORTED in result.get("end", ""):
+            return {"left_out": f"{kind}: {TOOL}: {UNSUPPORTED}"}
         return {"op": "sanitizer", "implementation": kind, "right": result["rc"] == 0, **result}
 
     if left() <= RESERVE_S:
@@ -46,7 +54,7 @@ def rows(device: str, env: dict[str, str], left: Callable[[], float]) -> Iterato
     alone = outcome("the kernels without the tool", command, env)
     yield alone
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for kind, options in KINDS.items() if alone["right"] else ():
+    for kind, options in KINDS.items() if alone.get("right") else ():
         if left() <= RESERVE_S:
             yield {"left_out": f"no time left for {kind}"}
             continue

@@ -201,7 +201,14 @@ def _transcoder(
     out, penalty, *_ = transcoder(*tensors, **full, mask=weight, plan=plan)
     with torch.no_grad():
         alone = transcode(*tensors, **options, dense=None if plan is None else plan.dense)
-    return {"out": out, "penalty": penalty, "out alone": alone}
+        evaluated = transcoder(*tensors, **full, mask=weight, plan=plan)
+    return {
+        "out": out,
+        "penalty": penalty,
+        "out alone": alone,
+        "out without gradients": evaluated.out,
+        "penalty without gradients": evaluated.penalty,
+    }
 
 
 def _linear_kl(implementation: str, teacher: Tensor, students: Tensor, head: Tensor) -> Tensors:

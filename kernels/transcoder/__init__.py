@@ -128,7 +128,7 @@ def transcoder(
             ``"triton"`` (GPU, on codes after the library's product), for 16-bit dtypes and
             float32. ``"auto"``: sparse on a CPU and, with a plan, on the meta device; triton on a
             GPU; the reference elsewhere and for float64 on a GPU.
-        return_codes: also return the codes; on a GPU this synchronises.
+        return_codes: also return the codes; on a GPU this synchronises once more.
 
     Returns:
         ``out`` with the shape of `residual`; ``penalty``, 0-d in fp32 or float64:

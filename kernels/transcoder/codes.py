@@ -119,21 +119,20 @@ class Codes(NamedTuple):
 def active_codes(codes: Codes, n_features: int) -> SparseCodes:
     """Return the active entries, without unused buffers and inactive entries of JumpReLU's window.
 
-    On a GPU this synchronises.
+    On a GPU this synchronises once, to read the number of active entries.
     """
-    n_tokens = len(codes.row_offsets) - 1
     values = codes.values.detach()
+    active = values != 0
+    if not codes.dense:
+        active &= torch.arange(len(values), device=values.device) < codes.row_offsets[-1]
+    index_C = active.nonzero().flatten()
     if codes.dense:
-        a_NF = values.view(n_tokens, n_features)
-        index_C = _code_indices(a_NF, None)
-        tokens_C = index_C // max(n_features, 1)
-        return SparseCodes(tokens_C, index_C - tokens_C * n_features, values[index_C])
-    n = int(codes.row_offsets[-1])
-    every = torch.arange(n_tokens, device=values.device)
-    tokens_C = every.repeat_interleave(codes.row_offsets.diff(), output_size=n)
-    entries = SparseCodes(tokens_C, codes.features[:n].long(), values[:n])
-    active_C = entries.values != 0
-    return entries if bool(active_C.all()) else SparseCodes(*(t[active_C] for t in entries))
+        tokens_C = index_C // n_features
+        features_C = index_C - tokens_C * n_features
+    else:
+        tokens_C = torch.searchsorted(codes.row_offsets, index_C, right=True) - 1
+        features_C = codes.features[index_C].long()
+    return SparseCodes(tokens_C, features_C, values[index_C])
 
 
 def activate_(

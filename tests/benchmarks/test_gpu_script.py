@@ -1,5 +1,6 @@
 """The commands of benchmarks/gpu.py run without a GPU, at tiny shapes with interpreted kernels."""
 
+import itertools
 import json
 import math
 import os
@@ -19,20 +20,33 @@ from benchmarks.commands import Entry
 from benchmarks.parts import scale
 from benchmarks.profiling import by_category
 from benchmarks.report import main
+from fastadapt.kernels import checks
 from fastadapt.models.recompute import POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "gpu.py")
-#: Imports that fail on a machine with torch, Triton, transformers, numpy and pytest alone.
-WITHOUT = """
+#: Installed modules that can be imported on a machine with torch, Triton, transformers, numpy,
+#: pytest, PyYAML and safetensors alone: those, and what they import. No other package of the locks,
+#: and no installation of this one.
+PRESENT = {
+    *("torch", "torchgen", "functorch", "filelock", "mpmath", "networkx", "sympy"),
+    *("typing_extensions", "triton", "numpy", "yaml", "_yaml", "safetensors"),
+    *("pytest", "_pytest", "py", "iniconfig", "packaging", "pluggy", "pygments"),
+    *("transformers", "huggingface_hub", "tokenizers", "regex", "tqdm", "fsspec", "click"),
+    *("httpx2", "httpcore2", "h11", "anyio", "idna", "truststore", "typer", "annotated_doc"),
+}
+WITHOUT = f"""
 import sys
-from importlib.machinery import PathFinder
-ABSENT = {"datasets", "jsonargparse", "hypothesis", "xdist", "pyarrow", "matplotlib", "jinja2"}
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 class Few(PathFinder):
     @classmethod
     def find_spec(cls, name, *arguments):
-        return None if name.split(".")[0] in ABSENT else PathFinder.find_spec(name, *arguments)
-sys.meta_path[:] = [Few if finder is PathFinder else finder for finder in sys.meta_path]
+        spec = PathFinder.find_spec(name, *arguments)
+        if spec is None or "." in name or name in {PRESENT}:
+            return spec
+        places = [spec.origin, *(spec.submodule_search_locations or ())]
+        return None if any("site-packages" in str(place) for place in places) else spec
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Few]
 """
 
 
@@ -46,7 +60,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         env=os.environ
         | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
-        | {"PYTEST_ADDOPTS": "-p no:hypothesispytest"},
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -63,6 +77,7 @@ def result_of(command: str, folder: Path) -> dict[str, Any]:
     assert (result["command"], result["commit"]) == (command, "abc")
     assert result["quick"] is True
     assert result["bounds"] == []  # of tiny shapes
+    assert not [row for rows in result["parts"].values() for row in rows if "error" in row]
     assert len(result["sources"]) == 64
     assert {"torch", "triton", "python"} <= set(result["versions"])
     assert result["hardware"]["cpu"]
@@ -295,12 +310,26 @@ def test_missing_peers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
-@pytest.mark.slow
-def test_an_unknown_part_is_refused_at_the_start(tmp_path: Path) -> None:
-    completed = run("kernels", "--quick", "--only", "nothing", cwd=tmp_path)
+@pytest.mark.quick("step")
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [("kernels", "every kernel, transcoder, "), ("step", "agreement, "), ("checks", "tests, ")],
+    ids=gpu.NAMES,
+)
+def test_an_unknown_part_is_refused_at_the_start(command: str, parts: str, tmp_path: Path) -> None:
+    """All modules of the command are imported, without packages that a GPU machine may lack."""
+    completed = run(command, "--quick", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1
-    assert "no part nothing; expected one of every kernel, transcoder, " in completed.stderr
+    assert f"no part nothing; expected one of {parts}" in completed.stderr
     assert completed.stdout == ""
+
+
+def test_several_reasons_are_recorded() -> None:
+    rows: list[dict[str, Any]] = [{"left_out": "memcheck: late"}, {"left_out": "no time left"}]
+    run = make_run(Entry("sanitizer", lambda: iter(rows), 1), seconds=100)
+    run.work()
+    assert run.result["left_out"] == {"sanitizer": "memcheck: late; no time left"}
+    assert run.is_right
 
 
 def test_a_kernel_that_no_case_launches_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +343,31 @@ def test_a_kernel_that_no_case_launches_is_reported(monkeypatch: pytest.MonkeyPa
     assert last["wrong"].startswith("not launched: ")
     assert {"mark", "sum_by_feature", "student_kernel"} <= set(every_kernel.kernels())
     assert "mark" in last["wrong"].split(": ")[1].split(", ")
+
+
+def test_few_tokens_without_gradients_are_a_case(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The penalty of a few tokens has a kernel of its own where no gradient is needed."""
+    monkeypatch.setattr(checks, "ACTIVATIONS", {"relu": {}})
+    cases = checks.checks_of(torch.device(device), every_kernel.TINY, torch.float32)
+    with every_kernel.launches(every_kernel.kernels()) as launched:
+        assert all(check.ok for check in itertools.islice(cases, 5))
+    assert "cost_by_token" in launched
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
+def test_the_cases_launch_every_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens suffice: one call for few tokens, and a feature of more than 64 codes."""
+    sizes = every_kernel.Sizes(1, 3, 16, 40), every_kernel.Sizes(1, 67, 8, 16)
+    if device == "cpu":
+        monkeypatch.setattr(every_kernel, "FEW", sizes[0])
+        monkeypatch.setattr(every_kernel, "ODD", sizes[1:])
+    for row in every_kernel.rows(device):
+        assert row["right"], row
+        if row["op"] == "every kernel":  # of the first dtype
+            break
 
 
 def test_kernels_have_one_category_and_this_librarys_their_own() -> None:

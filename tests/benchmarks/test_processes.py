@@ -89,15 +89,16 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Commands:
-    """Stand in for processes: record commands and return given exit codes."""
+    """Stand in for processes: record commands and return given exit codes, or whole results."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *codes: int | dict) -> None:
         self.commands: list[tuple[list[str], float]] = []
         remaining = list(codes)
 
         def run(command: list[str], env: dict[str, str], seconds: float) -> dict:
             self.commands.append((command, seconds))
-            return {"rc": remaining.pop(0)}
+            code = remaining.pop(0)
+            return code if isinstance(code, dict) else {"rc": code}
 
         monkeypatch.setattr(sanitizer, "run_for", run)
 
@@ -139,3 +140,18 @@ def test_a_check_that_did_not_run_is_left_out_with_the_reason(
     (row,) = sanitizer.rows("cuda", {}, float)
     assert "neither on the PATH" in row["left_out"]
     assert list(sanitizer.rows("cpu", {}, float)) == [{"left_out": f"{sanitizer.TOOL} needs a GPU"}]
+
+
+def test_a_check_without_a_result_is_left_out(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = {"rc": None, "why": "not finished in 240 s", "end": ""}
+    refused = {"rc": 1, "end": "========= Error: Device not supported. Please refer to ...\n"}
+    Commands(monkeypatch, 0, late, refused)
+    alone, *others = sanitizer.rows("cuda", {}, lambda: 450.0)
+    assert alone["right"]
+    assert others == [
+        {"left_out": "memcheck: not finished in 240 s"},
+        {"left_out": f"racecheck: {sanitizer.TOOL}: Device not supported"},
+    ]
+    Commands(monkeypatch, late)
+    (row,) = sanitizer.rows("cuda", {}, lambda: 450.0)
+    assert row == {"left_out": "the kernels without the tool: not finished in 240 s"}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import step_check, whole_step
+from benchmarks.every_kernel import kernels, launches
 from benchmarks.roofs import Roofs
-from benchmarks.step_models import SMALL
+from benchmarks.step_models import SMALL, make_adapters, make_pair
 from benchmarks.step_plans import necessary_flops, planned_bytes
 from benchmarks.whole_step import rows, verdict
 from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.recompute import POLICIES
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.training.code_capacity import Call
 from fastadapt.training.logs.metrics import StepReport
+from fastadapt.training.optimizer import AdapterOptimizer
 
 # Masked lanes cause numpy's warnings in interpreted kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
@@ -40,9 +44,27 @@ def test_the_check_covers_the_timed_kernels(device: str, monkeypatch: pytest.Mon
         return codes
 
     monkeypatch.setattr(triton_forward, "encode", record)
-    budgets = step_check.of_kernels(device)
+    monkeypatch.setitem(step_check.TOKENS, "cpu", 72)  # more than the kernels for few tokens take
+    with launches(kernels()) as checked:
+        budgets = step_check.of_kernels(device)
     assert [budget.within for budget in budgets] == [True] * 2
     assert set(dense) == {True, False}
+    sizes = replace(step_check.SPARSE, features=480)  # twice L0 is planned as codes
+    model = ReplacementModel(make_pair(sizes, device), make_adapters(sizes, device, "triton"))
+    optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), whole_step.OPTIMIZER)
+    step = whole_step.our_step(model, optimizer, sizes, 72, "full", device)
+    dense.clear()
+    with launches(kernels()) as timed:
+        step(torch.randint(sizes.vocabulary, (1, 72), device=device), 1)
+    assert set(dense) == {False}
+    assert "multiply_few_mark" not in timed
+    assert timed <= checked
+
+
+def test_a_gpu_checks_the_kernels_for_many_tokens() -> None:
+    from fastadapt.kernels.transcoder.triton_encode import FEW
+
+    assert step_check.TOKENS["cuda"] > FEW
 
 
 def test_a_nan_gradient_is_a_difference() -> None:

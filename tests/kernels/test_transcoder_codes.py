@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from random_cases import cases
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transcoder_cases import (
     DTYPES,
     SETTINGS,
@@ -119,6 +120,31 @@ def test_codes_of_any_call(case: Case) -> None:
             check(named, result.codes, a)
         if not case.masked:
             assert len(result.codes.values) == result.stats.n_active
+
+
+class Reads(TorchDispatchMode):
+    """Count the calls that wait for a GPU: numbers read, and results whose size is data."""
+
+    waits = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += masks or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_the_codes_are_read_once(activation: str, plan: CodeLayout | None) -> None:
+    tensors = inputs(activation, "cpu")
+    with Reads() as without:
+        transcoder(**tensors, plan=plan)
+    with Reads() as reads:
+        transcoder(**tensors, plan=plan, return_codes=True)
+    assert reads.waits == without.waits + 1
 
 
 def test_codes_have_no_gradient_but_the_output_has() -> None:
