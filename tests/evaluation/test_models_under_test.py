@@ -130,7 +130,7 @@ def test_runs_of_another_k_are_not_alike() -> None:
     assert not alike(four, replace(four, k=8, l0=8.0))
     assert not alike(four, ComparedModel("dense", "transcoder", sparsity=0.0, l0=111.0))
     for other in ({"activation": "batch_topk"}, {"penalty": "tanh"}, {"penalty_scale": 2.0}):
-        assert not alike(four, replace(four, **other))  # type: ignore[arg-type]
+        assert not alike(four, replace(four, **other))
 
 
 def test_runs_of_an_older_version_group_with_those_of_this_one(
