@@ -123,11 +123,13 @@ def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> Non
 def merged_state(
     module: nn.Module, besides: str = ""
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield names and readers of a module's weights, low-rank parts merged, tied ones once.
+    """Yield names and readers of the tensors that a checkpoint of a module holds.
+
+    Low-rank parts are merged, tied weights occur once, and buffers are those that are stored.
 
     Args:
         module: a module.
-        besides: a part of the names of parameters to leave out.
+        besides: a part of the names to leave out.
     """
     low = {name: part for name, part in module.named_modules() if isinstance(part, LowRankLinear)}
     seen: set[int] = set()
@@ -140,6 +142,10 @@ def merged_state(
             yield name, partial(torch.detach, parameter)
         elif part == "weight":
             yield name, low[owner].merged
+    stored = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if name in stored and not (besides and besides in name):
+            yield name, partial(torch.detach, buffer)
 
 
 def shared_names(first: nn.Module, second: nn.Module) -> list[str]:
