@@ -7,10 +7,12 @@ is added to, in what the encoder reads, and in how they start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import (
@@ -80,6 +82,20 @@ class SparseCoder(nn.Module):
             is_batch = config.activation == "batch_topk"
             start = torch.empty((), device=device, dtype=torch.float32) if is_batch else None
             self.register_buffer("threshold", start)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply ``fn`` to parameters and buffers, as ``to`` does; batch_topk's keeps its dtype.
+
+        A running threshold of 16 bits would be rounded back to itself in every update.
+        """
+        before = self.threshold
+        super()._apply(fn, recurse)
+        after = self.threshold
+        is_batch = self.config.activation == "batch_topk"
+        if is_batch and before is not None and after is not None and after.dtype != before.dtype:
+            exact = after if before.is_meta else before  # a meta tensor cannot be copied
+            self.threshold = exact.to(after.device, before.dtype)
+        return self
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         """Draw the start of the parameters, unless they are on the meta device."""

@@ -234,6 +234,43 @@ def test_copies_are_equal_and_independent(kind: str, activation: str) -> None:
     assert torch.equal(outputs(module, x)[0], before)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.half(),
+        lambda module: nn.Sequential(module).bfloat16()[0],
+        lambda module: module.double(),
+        lambda module: copy.deepcopy(module).to("cpu", torch.bfloat16),
+        lambda module: module.bfloat16().share_memory(),
+    ],
+    ids=["to", "half", "parent", "double", "copy", "shared"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_running_threshold_keeps_its_dtype(kind: str, cast: Callable[[Any], Any]) -> None:
+    """In 16 bits, no update of the default decay would change it."""
+    module = random_module(kind, CONFIGS["batch_topk"], torch.float32)
+    module.update_threshold(torch.tensor(0.3))
+    held = module.threshold
+    module = cast(module)
+    assert module.W_enc.dtype != torch.float32
+    assert module.threshold.dtype == torch.float32
+    if cast.__code__.co_names[0] != "copy":
+        assert module.threshold is held
+    assert dict(module.named_buffers()).keys() == {"threshold"}
+    for _ in range(2000):
+        module.update_threshold(torch.tensor(0.5))
+    assert 0.45 < module.threshold.item() < 0.5
+
+
+def test_a_running_threshold_keeps_its_dtype_on_the_meta_device() -> None:
+    sae: Any = SAE(12, CONFIGS["batch_topk"], device="meta").bfloat16()
+    assert (sae.threshold.dtype, sae.threshold.is_meta) == (torch.float32, True)
+    sae._apply(lambda t: torch.empty_like(t, dtype=torch.float64, device="cpu"))
+    assert (sae.threshold.dtype, sae.threshold.device.type) == (torch.float32, "cpu")
+    assert sae.to("meta", torch.bfloat16).threshold.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_see_and_change_a_call(kind: str) -> None:
     module, seen = random_module(kind, CONFIGS["topk"]), []
