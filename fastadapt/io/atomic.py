@@ -22,7 +22,7 @@ from fastadapt.io.files import open_regular
 from fastadapt.io.names import has_file
 
 _READ_BYTES = 1 << 22
-_STAGED, _LOCK = ".tmp-", ".lock"
+_STAGED, _LOCK, _OLD = ".tmp-", ".lock", "old"
 _STAGED_NAME = re.compile(re.escape(_STAGED) + "(.+)-[0-9a-f]{32}")
 
 
@@ -87,12 +87,12 @@ def _swap(staged: Path, path: Path, old: Path | None) -> None:
 
     A rename cannot replace a folder that is not empty.
     """
-    if old is not None:
-        os.rename(path, old)
     try:
-        os.replace(staged, path)
-    except OSError:
         if old is not None:
+            os.rename(path, old)
+        os.replace(staged, path)
+    except BaseException:  # also Ctrl-C between the two
+        if old is not None and not os.path.lexists(path):
             os.rename(old, path)
         raise
     sync_folder(path.parent)
@@ -109,7 +109,7 @@ def writing_folder(
     """Yield an empty staged folder, and move its contents to ``path`` if the context succeeds.
 
     A lock is held until ``path`` is complete. Leftovers of killed writers, whose locks are free,
-    are removed first.
+    are removed first. A folder that such a writer had moved aside is restored.
 
     An existing folder is swapped for the staged folder if all of its entries match ``ours``. A
     folder that is empty, is a mount point or the working directory, or holds other files is filled
@@ -144,7 +144,7 @@ def writing_folder(
             if filled:
                 _fill(path, new, last, ours)
             else:
-                _swap(new, path, stage / "old" if path.is_dir() else None)
+                _swap(new, path, stage / _OLD if path.is_dir() else None)
 
 
 @contextmanager
@@ -189,10 +189,15 @@ def half_filled(path: Path) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove leftovers of killed writers of ``path``; live writers hold their lock."""
+    """Remove leftovers of killed writers of ``path``; live writers hold their lock.
+
+    The old folder of a writer that was killed between the two renames is restored.
+    """
     for left in (*staged_for(path), *staged_for(path / path.name)):
         if left.is_dir():
             with suppress(BlockingIOError), locked(left / _LOCK):
+                if (left / _OLD).is_dir() and not os.path.lexists(path):
+                    _swap(left / _OLD, path, None)
                 shutil.rmtree(left)
         else:
             left.unlink(missing_ok=True)
@@ -400,8 +405,12 @@ def save_tensors(
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: float = 0) -> Iterator[None]:
     """Hold a lock file for this process; the system releases the lock when the process ends.
+
+    Args:
+        path: the lock file, which stays.
+        wait: seconds to wait for another process.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -410,7 +419,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     has_file(path)
     # A soft lock would outlive a killed process. The process, not a thread, holds the lock.
-    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    lock = FileLock(path, timeout=wait, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:

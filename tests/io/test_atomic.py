@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -79,6 +82,14 @@ def old_adapters(folder: Path) -> None:
 def adapters_among_others(folder: Path) -> None:
     old_adapters(folder)
     (folder / "adapter" / "README.md").write_text("mine")
+
+
+def adapters_of_a_killed_writer(folder: Path) -> None:
+    """Leave what a kill between the two renames of a writer leaves."""
+    old_adapters(folder)
+    stage = staged_beside(folder / "adapter")
+    (stage / "new").mkdir(parents=True)
+    (folder / "adapter").rename(stage / "old")
 
 
 def begin_data(folder: Path) -> None:
@@ -187,6 +198,7 @@ ARTEFACTS = {
     "adapters": Artefact(old_adapters, CARD),
     "adapters again": Artefact(write_over_adapters, CARD, old_adapters),
     "adapters among others": Artefact(write_over_adapters, CARD, adapters_among_others),
+    "adapters after a kill": Artefact(write_over_adapters, CARD, adapters_of_a_killed_writer),
     "adapters in new folders": Artefact(
         lambda folder: save_adapters(adapters(), folder / "a" / "b" / "c"), "a/b/c/fastadapt.json"
     ),
@@ -271,6 +283,39 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert (tmp_path / "site" / "site.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, None], ids=["Ctrl-C", "kill"])
+def test_an_end_between_the_two_renames_loses_nothing(
+    end: type[BaseException] | None, tmp_path: Path
+) -> None:
+    """The next writer restores the old folder, also if it fails itself."""
+    path = tmp_path / "adapter"
+    save_adapters(adapters(), path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    replace = os.replace
+
+    def stop(source: Path, destination: Path) -> None:
+        if Path(destination) != path:
+            replace(source, destination)
+        elif end is not None:
+            raise end
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        os.replace = stop  # type: ignore[assignment]
+        with suppress(KeyboardInterrupt):
+            save_adapters(adapters()[:1], path)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (-signal.SIGKILL if end is None else 0)
+    assert path.exists() == (end is not None)
+    with pytest.raises(ZeroDivisionError), writing_folder(path):
+        raise ZeroDivisionError
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_writer_at_work_is_left_alone(tmp_path: Path) -> None:
