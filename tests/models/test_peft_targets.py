@@ -17,7 +17,10 @@ import torch
 from peft_folders import adapted, peft_saver, whole
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from fastadapt import serving
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
@@ -26,7 +29,7 @@ from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.low_rank import LowRankLinear
 from fastadapt.models.sources.pair_sources import Sources
-from fastadapt.models.sources.peft_folder import choose_base, find_peft
+from fastadapt.models.sources.peft_folder import choose_base, find_peft, is_quantised
 from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.config import from_dict
 from fastadapt.training.planning.memory import step_memory
@@ -221,6 +224,28 @@ def test_layers_that_fine_tuning_left_are_in_memory_once(
     assert model.pair.shared_mlps == pair.shared_mlps  # also with adapters in the model
 
 
+def test_an_export_holds_the_stored_buffers(
+    tmp_path: Path, save_peft: Callable[..., Any], float64_clean: None
+) -> None:
+    """Gemma 4 scales the residual stream after each block by a buffer."""
+    target, base, _ = save_peft("gemma4_text", {"target_modules": ["gate_proj", "up_proj"]})
+    model = replacement(load(target, base))
+    save_adapters(model.adapters, tmp_path / "adapter")
+    serving.export(tmp_path / "adapter", tmp_path / "out", target=target, base=base)
+    both: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float64
+    )
+    loaded: Any = both[0]
+    info = both[1]
+    assert isinstance(loaded, serving.AdaptedModel)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    scalars = {name: b for name, b in loaded.named_buffers() if name.endswith("layer_scalar")}
+    assert len(scalars) == loaded.config.num_hidden_layers
+    assert all(b.item() != 1 for b in scalars.values())
+    ids = torch.tensor([[3, 5, 8]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_fused_projections_of_phi3(save_peft: Callable[..., Any]) -> None:
     target, base, wrapped = save_peft("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]})
     pair = load(target, base)
@@ -366,6 +391,36 @@ def test_a_quantised_base_is_refused(
 
 
 QUANTISED = "unsloth/llama-3-8b-bnb-4bit"
+
+
+@pytest.mark.parametrize(
+    ("name", "quantised"),
+    [
+        (QUANTISED, True),
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", True),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", True),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", True),
+        ("TheBloke/Llama-2-7B-AutoGPTQ", True),
+        ("mlx-community/Qwen3-4B-4bit", True),
+        ("org/llama-8bit", True),
+        ("org/llama.q4_k_m", True),
+        ("org/llama-quanto-qint8", True),
+        ("org/Llama-3.1-8B-Instruct-FP8", True),
+        ("org/Llama-3.1-8B-MXFP4", True),
+        ("org/llama-nf4", True),
+        ("me/llama-checkpoint800", False),
+        ("me/checkpoint4", False),
+        ("me/llama-8b-point8", False),
+        ("org/airbnb-reviews-7b", False),
+        ("me/int40-steps", False),
+        ("me/llama-64bit", False),
+        ("me/conf4", False),
+        ("meta-llama/Llama-3.1-8B", False),
+        ("Qwen/Qwen3-4B-Base", False),
+    ],
+)
+def test_names_of_quantised_models(name: str, quantised: bool) -> None:
+    assert is_quantised(name) == quantised
 
 
 def test_the_base_of_a_quantised_one_is_accepted(

@@ -79,7 +79,9 @@ _UNSUPPORTED = (
 #: Initialisations that change the base's weights too, so that the folder is not a difference.
 _CHANGES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _QUANTISED = re.compile(
-    r"(bnb-?\d?|[48]-?bit|int[48]|gptq|awq|gguf|eetq|hqq|fp8|nf4|q\d_k)", re.IGNORECASE
+    r"gptq|awq|gguf|eetq|hqq|(?<!\d)[48]-?bit"
+    r"|(?<![a-z0-9])(bnb-?\d?|[qu]?int[48]|(mx|nv)?fp[48]|nf4|q\d_k)(?!\d)",
+    re.IGNORECASE,
 )
 
 
