@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastadapt.adapter.coder import SparseCoder
@@ -35,12 +36,14 @@ from fastadapt.interop.saelens_splice import (
 )
 from fastadapt.io.atomic import save_tensors
 from fastadapt.io.documents import read_json
-from fastadapt.io.tensors import read_tensors
+from fastadapt.io.tensors import TensorError, open_tensors, read_tensors
 from fastadapt.models.architectures import ARCHITECTURES
 
 __all__ = ["attach", "read", "write"]
 
 WEIGHTS = "sae_weights.safetensors"
+#: Tensor of files before version 4, which SAELens drops if it holds ones.
+_SCALING = "scaling_factor"
 #: Version of SAELens whose files these are; an older version in a file selects an older schema.
 VERSION = "6.54.12"
 
@@ -194,6 +197,8 @@ def _read(folder: Path) -> CoderSet:
     keys = ("model_name", "hook_name", "hook_head_index", "model_from_pretrained_kwargs")
     older: dict[str, Any] = {key: config.get(key) for key in keys}
     older["hook_name"] = older["hook_name"] or config.get("hook_point")
+    if _is_old(config) and "hook_z" in (older["hook_name"] or ""):
+        config.setdefault("reshape_activations", "hook_z")  # as SAELens does
     if older["hook_head_index"] is None:
         older["hook_head_index"] = config.get("hook_point_head_index")
     metadata: Any = {**older, **config.get("metadata", {})}
@@ -212,9 +217,24 @@ def _read(folder: Path) -> CoderSet:
     return CoderSet(empty, layers, hooks, metadata.get("model_name"), known)
 
 
+def _is_old(config: ConfigFile) -> bool:
+    """Return whether a file is of a version before 6, as SAELens decides it."""
+    version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version")
+    return not version or int(version.partition(".")[0]) < 6
+
+
 def _read_weights(file: Path, empty: SparseCoder) -> SparseCoder:
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     shapes["W_enc"] = shapes["W_enc"][::-1]
+    with open_tensors(file) as tensors:
+        if _SCALING in tensors.keys():  # noqa: SIM118
+            shapes[_SCALING] = (empty.n_features,)
     weights = read_tensors(file, shapes, finite=True)
+    factors = weights.pop(_SCALING, None)
+    if factors is not None and not torch.allclose(factors, torch.ones_like(factors)):
+        raise TensorError(
+            f"{file}: tensor {_SCALING}: expected ones; multiply the features by it in SAELens, "
+            "and save the SAE without it"
+        )
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     return fill(empty, weights)

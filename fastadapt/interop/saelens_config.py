@@ -19,6 +19,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import Finite, Name, Positive
 
 CONFIG = "cfg.json"
+Version = Annotated[str, msgspec.Meta(pattern=r"^\d+(\.|$)")]
 #: The activation of each architecture that is read.
 _ACTIVATIONS = {
     "standard": "relu",
@@ -46,6 +47,7 @@ class _Loading(TypedDict, total=False):
 
 
 class _Metadata(TypedDict, total=False):
+    sae_lens_version: Version | None
     model_name: Name | None
     hook_name: Name | None
     hook_name_out: Name | None
@@ -73,6 +75,7 @@ class ConfigFile(TypedDict):
     rescale_acts_by_decoder_norm: NotRequired[bool]
     finetuning_scaling_factor: NotRequired[bool | None]
     metadata: NotRequired[_Metadata]
+    sae_lens_version: NotRequired[Version | None]
     activation_fn: NotRequired[str | None]
     activation_fn_str: NotRequired[str | None]
     activation_fn_kwargs: NotRequired[_Arguments | None]
@@ -128,10 +131,10 @@ def empty_coder(config: ConfigFile, facts: Any, file: Path) -> SparseCoder:
         ("finetuning_scaling_factor", (False, None)),
     ):
         if (value := config.get(key, plain[0])) not in plain:
-            raise UserError(
-                f"{file}: {key}: expected {plain[0]}, got {value!r:.80}; fold the scaling into the "
-                "weights in SAELens, and save it again"
-            )
+            advice = "; fold the scaling into the weights in SAELens, and save it again"
+            if key == "reshape_activations":
+                advice = "; this library has no SAEs of reshaped heads"
+            raise UserError(f"{file}: {key}: expected {plain[0]}, got {value!r:.80}{advice}")
     activation = _ACTIVATIONS[architecture]
     settings: dict[str, Any] = {"n_features": config["d_sae"], "activation": activation}
     if activation == "topk":

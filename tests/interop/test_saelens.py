@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,47 @@ def test_a_file_that_saelens_has_written_is_read(tmp_path: Path) -> None:
     coders = read(path)
     assert (list(coders.layers), coders.empty.config.k) == ([2], 4)
     assert coders.hooks.input == PLACES["resid_pre"]
+
+
+def test_a_scaling_factor_of_ones_is_dropped(tmp_path: Path) -> None:
+    """Versions before 4 wrote the tensor, which SAELens drops if it holds ones."""
+    path = folder(tmp_path)
+    tensors = {
+        "W_enc": torch.ones(D, F),
+        "b_enc": torch.ones(F),
+        "W_dec": torch.ones(F, D),
+        "b_dec": torch.ones(D),
+        "scaling_factor": torch.ones(F),
+    }
+    config = {"d_in": D, "d_sae": F, "hook_point": "blocks.2.hook_resid_pre"}
+    (path / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, path / WEIGHTS)
+    assert torch.equal(read(path).layers[2]().W_dec, tensors["W_dec"])
+    save_file({**tensors, "scaling_factor": torch.full((F,), 1.5)}, path / WEIGHTS)
+    with pytest.raises(UserError, match="tensor scaling_factor: expected ones"):
+        read(path).layers[2]()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"hook_name": "blocks.2.attn.hook_z"}, True),
+        ({"hook_point": "blocks.2.attn.hook_z"}, True),
+        ({"hook_point": "blocks.2.attn.hook_z", "sae_lens_version": "5.10.7"}, True),
+        ({"hook_name": "blocks.2.attn.hook_z", "reshape_activations": "none"}, False),
+        (
+            {"metadata": {"hook_name": "blocks.2.attn.hook_z", "sae_lens_version": "6.0.0"}},
+            False,
+        ),
+    ],
+)
+def test_older_files_reshape_heads(changes: dict[str, Any], refused: bool, tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / CONFIG).write_text(json.dumps({"d_in": D, "d_sae": F, **changes}))
+    (path / WEIGHTS).write_bytes(b"")
+    reason = "reshape_activations: expected none, got 'hook_z'; this library has no SAEs of"
+    with pytest.raises(UserError, match=reason) if refused else nullcontext():
+        assert list(read(path).layers) == [2]
 
 
 def test_batch_topk_is_jumprelu_with_its_threshold(tmp_path: Path) -> None:
