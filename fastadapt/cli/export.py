@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from fastadapt.adapter.files import CARD, adapters_of
 from fastadapt.errors import UserError
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.models.huggingface.checkpoint import check_output
+from fastadapt.models.huggingface.checkpoint import RECORD, check_output
 from fastadapt.models.sources.fingerprint import fingerprints, warn_of_changes
 from fastadapt.models.trained_files import read_adapters
 from fastadapt.organism import resolve
@@ -63,7 +63,7 @@ def export(
         source_set: neuronpedia: the set of sources there, which you have created
         store: circuit-tracer: a run of the same target with features, on whose texts thresholds
             are fitted in place of TopK, if the source has no features
-        overwrite: replace an export in the folder, once the new one is complete
+        overwrite: replace an export of the same kind in the folder, once the new one is complete
     """
     _check_options(
         format, target=target, base=base, model_id=model_id, source_set=source_set, store=store
@@ -142,7 +142,7 @@ def _to_neuronpedia(
 ) -> int:
     from fastadapt.features.store.store import Store
     from fastadapt.interop import neuronpedia
-    from fastadapt.interop.formats import RECORD, require_output
+    from fastadapt.interop.formats import require_output
     from fastadapt.io.atomic import writing_folder
 
     if model_id is None or source_set is None:
@@ -152,7 +152,7 @@ def _to_neuronpedia(
             "sources there, which you have created"
         )
     out, store = typed_path(output, "--output"), Store.open(run)
-    require_output(out, (RECORD, "layer_*"), overwrite=overwrite)
+    require_output(out, (RECORD, "layer_*"), "neuronpedia", overwrite=overwrite)
     with writing_folder(out, last=RECORD) as staged:
         written = neuronpedia.write(store, staged, model_id=model_id, source_set=source_set)
         neuronpedia.write_record(staged / RECORD, model_id=model_id, source_set=source_set)

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastadapt import __version__
 from fastadapt.adapter.coder_files import CoderSet, read_coders, save_coders
-from fastadapt.adapter.files import CARD, PATTERNS, adapters_of, read_card
+from fastadapt.adapter.files import CARD, PATTERNS, adapters_of
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import writing_folder
 from fastadapt.io.documents import Name, check
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.models.huggingface.checkpoint import check_output
+from fastadapt.models.huggingface.checkpoint import RECORD, Kind, check_output
 
 if TYPE_CHECKING:
     from fastadapt.interop.thresholds import Fit
-
-#: File beside the contents of an export, which says what they are.
-RECORD = "fastadapt-export.json"
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,8 @@ def export_coders(
 
     Args:
         source: the run or folder.
-        folder: a new or empty folder, or with ``overwrite`` an export, of any format.
+        folder: a new or empty folder, or with ``overwrite`` an export in one of
+            :data:`FORMATS`.
         name: name of the format in :data:`FORMATS`.
         model: name of the model to record, if it is not the one that the source names.
         store: features of a run of the same target, on whose texts thresholds are fitted in place
@@ -134,7 +132,7 @@ def export_coders(
     form, out = FORMATS[name], typed_path(folder, "--output")
     path = adapters_of(source)
     patterns = (name for each in FORMATS.values() for name in each.patterns)
-    require_output(out, (RECORD, *patterns), overwrite=overwrite)
+    require_output(out, (RECORD, *patterns), "set of coders", overwrite=overwrite)
     coders = read_coders(path)
     if model is not None:
         check(model, Name, "--target")
@@ -157,24 +155,17 @@ def export_coders(
     return loading, fits
 
 
-def require_output(
-    folder: Path,
-    patterns: Sequence[str],
-    is_export: Callable[[Path], bool] | None = None,
-    *,
-    overwrite: bool,
-) -> None:
+def require_output(folder: Path, patterns: Sequence[str], kind: Kind, *, overwrite: bool) -> None:
     """Raise ``UserError`` unless the folder is new, empty, or with ``overwrite`` an earlier result.
 
     Args:
         folder: the folder, which need not exist.
         patterns: names in a result.
-        is_export: returns whether a folder holds a result; by default whether it has a record.
+        kind: kind of the result.
         overwrite: accept a result.
     """
-    is_export = is_export or _exported
     try:
-        check_output(folder, overwrite=overwrite, patterns=patterns, is_export=is_export)
+        check_output(folder, overwrite=overwrite, patterns=patterns, kind=kind)
     except UserError as error:
         raise UserError(f"--output: {error}") from None
 
@@ -189,10 +180,6 @@ def _record(path: Path, name: str, coders: CoderSet) -> None:
         "hooks": {role: dict(hook) for role, hook in coders.hooks._asdict().items()},
     }
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _exported(folder: Path) -> bool:
-    return has_file(folder / RECORD)
 
 
 # --- import ---------------------------------------------------------------------------------------
@@ -258,19 +245,10 @@ def import_coders(
             f"{path}: no such folder; download a repository of the hub into a folder first "
             f"(hf download {path} --local-dir FOLDER)"
         )
-    require_output(out, PATTERNS, _imported, overwrite=overwrite)
+    require_output(out, PATTERNS, "import", overwrite=overwrite)
     name = find_format(source) if name == "auto" else name
     coders = FORMATS[name].read(source)
     imported = {"imported": {"format": name, "path": str(source.resolve())}}
     coders = replace(coders, model=model or coders.model, metadata={**coders.metadata, **imported})
     save_coders(coders, out)
     return coders
-
-
-def _imported(folder: Path) -> bool:
-    """Return whether the folder holds coders that were imported."""
-    try:
-        card: dict[str, Any] = read_card(folder)
-    except UserError:
-        return False
-    return "imported" in card["metadata"]

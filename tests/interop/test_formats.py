@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -19,8 +20,11 @@ import fastadapt
 from fastadapt.adapter.coder_files import read_coders, save_coders
 from fastadapt.cli.export import Checkpoint, Coders, Format
 from fastadapt.cli.main import main
+from fastadapt.errors import UserError
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.interop.formats import FORMATS, RECORD
+from fastadapt.interop.formats import FORMATS, require_output
+from fastadapt.interop.neuronpedia import write_record
+from fastadapt.models.huggingface.checkpoint import RECORD, Kind, export_kind
 from fastadapt.organism import FOLDER
 
 #: A set that each format holds.
@@ -72,7 +76,7 @@ def test_export_and_import_give_the_same_coders(
     assert run("import", out, "--output", tmp_path / "named", "--model", "org/\u202eb") == 0
     assert read_coders(tmp_path / "named").model == "org/\u202eb"
     assert "of org/⟨U+202E⟩b:" in capsys.readouterr().out
-    # An export of another format is replaced too.
+    # An export of another format for coders is replaced too.
     plain = tmp_path / "plain"
     save_coders(make_set("subtracting sae", "relu"), plain)
     for other in ("saelens", "sparsify"):
@@ -105,6 +109,27 @@ def test_an_adapter_never_becomes_a_replacement(
     assert again.is_additive
     assert again.metadata["target"] == "org/model"
     assert "base" not in again.metadata  # which model it is stands in no file of SAELens
+
+
+def test_exports_of_other_kinds_are_not_replaced(tmp_path: Path) -> None:
+    """Each kind has patterns that match some files of another, so names do not decide."""
+    save_coders(make_set("transcoder"), tmp_path / "ours")
+    for kind, words in {
+        "set of coders": ("export", tmp_path / "ours", "--format", "saelens"),
+        "import": ("import", tmp_path / "set of coders"),
+    }.items():
+        assert run(*words, "--output", tmp_path / kind) == 0
+    (tmp_path / "neuronpedia" / "layer_0").mkdir(parents=True)
+    write_record(tmp_path / "neuronpedia" / RECORD, model_id="m", source_set="s")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text('{"transcoder_n_features": 8}')
+    written: dict[Kind, Path] = {kind: tmp_path / kind for kind in get_args(Kind)}
+    for kind, folder in written.items():
+        assert export_kind(folder) == kind
+        for other in written:
+            message = f"--output: {folder} holds an export of another kind: expected {other}, got "
+            with pytest.raises(UserError, match=message + kind) if kind != other else nullcontext():
+                require_output(folder, ("*",), other, overwrite=True)
 
 
 def test_coders_go_from_format_to_format(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 #: Patterns of the names of the files that an export writes.
 _EXPORTED = (CONFIG, INDEX, "model.safetensors", "model-*-of-*.safetensors")
+#: File beside the contents of an export in another format, which says what they are.
+RECORD = "fastadapt-export.json"
+#: Kinds of exports, of which each is replaced by its own kind only.
+Kind = Literal["checkpoint", "set of coders", "neuronpedia", "import"]
 #: Largest size of a shard in bytes. A larger tensor gets a shard for itself.
 SHARD_BYTES = 5_000_000_000
 #: Source and revision of each file of :data:`COMPANIONS`.
@@ -265,22 +269,22 @@ def check_output(
     *,
     overwrite: bool,
     patterns: Sequence[str] | None = None,
-    is_export: Callable[[Path], bool] | None = None,
+    kind: Kind = "checkpoint",
 ) -> None:
     """Raise if an export may not be written to ``folder``.
 
     A new folder, an empty one, and one left incomplete by a killed export are accepted. With
-    ``overwrite``, a folder that holds nothing but an export is accepted too. An export is a
-    checkpoint whose ``config.json`` names adapters, or adapters read from a published checkpoint.
+    ``overwrite``, a folder that holds nothing but an export of the same kind is accepted too.
 
     Args:
         folder: the folder, which need not exist.
         overwrite: accept an export.
-        patterns: names in an export of another kind.
-        is_export: returns whether a folder holds an export of that kind.
+        patterns: names in an export of the kind; by default those of a checkpoint.
+        kind: kind of the export that is written.
 
     Raises:
-        UserError: the folder holds an export (without ``overwrite``), or other files.
+        UserError: the folder holds an export (without ``overwrite``), one of another kind, or other
+            files.
     """
     from fastadapt.adapter.files import PATTERNS
 
@@ -291,22 +295,36 @@ def check_output(
     foreign = {name for name in names if not any(fnmatch(name, p) for p in patterns)}
     if half_filled(folder) and all(unstaged(name) == folder.resolve().name for name in foreign):
         return
-    if foreign or not names or not (is_export or _is_export)(folder):
+    held = export_kind(folder)
+    if held not in (None, kind):
+        raise UserError(
+            f"{folder} holds an export of another kind: expected {kind}, got {held}; give a new "
+            "folder"
+        )
+    if foreign or held is None:
         raise UserError(f"{folder} is neither an empty folder nor an export; give a new folder")
     if not overwrite:
         raise UserError(f"{folder} holds an export; give a new folder, or replace it (--overwrite)")
 
 
-def _is_export(folder: Path) -> bool:
-    """Return whether ``config.json`` or the adapters' card has the keys that an export writes."""
+def export_kind(folder: Path) -> Kind | None:
+    """Return the kind of the export in a folder, by the keys that an export writes.
+
+    A checkpoint's ``config.json`` names adapters. Adapters that were read from a published
+    checkpoint count as one, too.
+    """
     from fastadapt.adapter.files import CARD
     from fastadapt.models.huggingface.classes import PREFIX
 
-    config, card = (_object(folder / name) for name in (CONFIG, CARD))
-    if str(config.get("model_type")).startswith(PREFIX) or "transcoder_n_features" in config:
-        return True
+    config, card, record = (_object(folder / name) for name in (CONFIG, CARD, RECORD))
+    if "format" in record:
+        return "neuronpedia" if record["format"] == "neuronpedia" else "set of coders"
     metadata = card.get("metadata")
-    return isinstance(metadata, dict) and "published" in metadata
+    if isinstance(metadata, dict) and "imported" in metadata:
+        return "import"
+    if str(config.get("model_type")).startswith(PREFIX) or "transcoder_n_features" in config:
+        return "checkpoint"
+    return "checkpoint" if isinstance(metadata, dict) and "published" in metadata else None
 
 
 def _object(path: Path) -> dict[str, Any]:
