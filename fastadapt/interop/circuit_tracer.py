@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,13 +26,15 @@ from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import UNIT_KINDS, Kind
 from fastadapt.graphs.pruning import Edge, PruneConfig, Pruned, cumulative, prune
 from fastadapt.graphs.schema import GraphFile
-from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.atomic import disk_errors, locked, make_folder, replacing
 from fastadapt.io.documents import Count, Finite, NonNegative, read_json
 from fastadapt.io.names import has_file
 
 SCHEMA_VERSION: Literal[1] = 1  # of the format, not of this library
 #: The list of the graphs in a folder, which circuit-tracer's local page reads.
 LIST = "graph-metadata.json"
+_LOCK = ".lock"
+_WAIT = 60  # seconds; an export writes its two files in less
 _SLUG = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
 
 Type = Literal["cross layer transcoder", "mlp reconstruction error", "embedding", "logit"]
@@ -324,20 +327,36 @@ def write(document: Document, folder: Path, *, overwrite: bool = False) -> Path:
     """Write ``<slug>.json`` and its entry in the list of the folder; return the file's path.
 
     Raises:
-        UserError: the file exists and ``overwrite`` is not set, or the folder's list is damaged.
+        UserError: the file exists and ``overwrite`` is not set, the folder's list is damaged, or
+            another process holds the folder's lock.
         RunError: the folder cannot be written.
     """
     facts = document["metadata"]
     path = folder / f"{facts['slug']}.json"
-    if has_file(path) and not overwrite:
-        raise UserError(f"{path} exists. Replace it (--overwrite), or give another --slug")
-    listed: Sequence[Metadata] = ()
-    if has_file(folder / LIST):
-        listed = read_json(folder / LIST, _List)["graphs"]
-    listed = [entry for entry in listed if entry["slug"] != facts["slug"]]
     with disk_errors(folder):
         make_folder(folder)
-        for file, contents in ((path, document), (folder / LIST, {"graphs": [*listed, facts]})):
-            with replacing(file) as staged:
-                staged.write_text(json.dumps(contents, allow_nan=False) + "\n", encoding="utf-8")
+        with _writing(folder):
+            if has_file(path) and not overwrite:
+                raise UserError(f"{path} exists. Replace it (--overwrite), or give another --slug")
+            listed: Sequence[Metadata] = ()
+            if has_file(folder / LIST):
+                listed = read_json(folder / LIST, _List)["graphs"]
+            listed = [entry for entry in listed if entry["slug"] != facts["slug"]]
+            for file, contents in ((path, document), (folder / LIST, {"graphs": [*listed, facts]})):
+                with replacing(file) as staged:
+                    text = json.dumps(contents, allow_nan=False)
+                    staged.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, without which two exports at once would lose an entry of the list."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / _LOCK, wait=_WAIT))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is writing to this folder; wait until it ends"
+            ) from None
+        yield

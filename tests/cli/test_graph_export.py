@@ -9,13 +9,15 @@ from typing import Any
 
 from documents import write_document
 
+NAMES = [".lock", "first.json", "graph-metadata.json"]
+
 
 def test_files_and_their_list(tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
     file = write_document(tmp_path / "run" / "graphs" / "First.json")
     outcome = fastadapt("graph", "export", tmp_path / "run", "--format", "circuit-tracer")
     assert outcome.code == 0, outcome.err
     folder = file.parent / "circuit-tracer"
-    assert sorted(path.name for path in folder.iterdir()) == ["first.json", "graph-metadata.json"]
+    assert sorted(path.name for path in folder.iterdir()) == NAMES
     document = json.loads((folder / "first.json").read_text())
     assert document["metadata"]["scan"] == "the-target"
     listed = json.loads((folder / "graph-metadata.json").read_text())

@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from documents import FEATURES, LAYERS, TOKENS, make_document
 
+from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import KINDS
 from fastadapt.graphs.pruning import PruneConfig
-from fastadapt.interop.circuit_tracer import TYPES, Document, convert, slug_of
+from fastadapt.interop import circuit_tracer
+from fastadapt.interop.circuit_tracer import LIST, TYPES, Document, convert, slug_of, write
+from fastadapt.io.atomic import locked
 from fastadapt.io.documents import check
 
 WHOLE = PruneConfig(1, 1)
@@ -205,6 +210,27 @@ def test_targets_without_tokens() -> None:
 def test_every_kind_of_leaf_has_a_type() -> None:
     assert TYPES.keys() == set(KINDS)
     assert slug_of("The Target/7B") == "the-target-7b"
+
+
+def test_exports_at_once_lose_no_entry_of_the_list(tmp_path: Path) -> None:
+    """Each export reads the list, adds its entry and replaces the file."""
+    graph: Any = make_document()
+    documents = [convert(graph, WHOLE, slug=f"graph-{i}", scan="model")[0] for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda document: write(document, tmp_path), documents))
+    listed = json.loads((tmp_path / LIST).read_text())["graphs"]
+    assert {entry["slug"] for entry in listed} == {f"graph-{i}" for i in range(12)}
+
+
+def test_a_folder_that_stays_locked_gets_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_tracer, "_WAIT", 0)
+    graph: Any = make_document()
+    document, _ = convert(graph, WHOLE, slug="graph", scan="model")
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another process is writing"):
+        write(document, tmp_path)
+    write(document, tmp_path)
 
 
 def test_base_features_have_numbers_of_their_own() -> None:
