@@ -7,7 +7,7 @@ the layer.
 
 Two names differ by a norm. ``blocks.{layer}.mlp.hook_out`` is the output of the MLP.
 ``blocks.{layer}.hook_mlp_out`` is what the block adds to the residual stream: behind the norm that
-follows the MLP in Gemma 2, 3, 4 and OLMo 2, and the same tensor in other models.
+follows the MLP in Gemma 2, 3, 4, GLM-4 and OLMo 2, and the same tensor in other models.
 """
 
 from __future__ import annotations
