@@ -26,7 +26,7 @@ def contrast(
 ) -> int:
     """Compare the probability of words at labelled positions of texts with that at matched
     positions, for base, hybrid, adapter, target and interventions on sets of features. Nothing is
-    sampled. The same command resumes an unfinished measurement.
+    sampled. The same command, without --overwrite, resumes an unfinished measurement.
 
     Args:
         run: a run; with --features, one with collected features

@@ -35,8 +35,8 @@ def evaluate(
     config: Annotated[EvalConfig, Typed(skip=SKIPPED)],
 ) -> int:
     """Measure how faithful trained runs of one pair are to its target, compared with the base and
-    the hybrid, and write tables, plots and a report. The same command resumes an unfinished
-    evaluation.
+    the hybrid, and write tables, plots and a report. The same command, without --overwrite,
+    resumes an unfinished evaluation.
 
     Args:
         runs: folders of runs
@@ -99,7 +99,8 @@ def study(
 ) -> int:
     """Remove, add and transfer a run's features of hesitation and of the template, beside random
     sets and the adapter's bias alone, and measure what they do on benchmarks: tables, plots and a
-    page. Features are collected if the run has none. The same command resumes an unfinished study.
+    page. Features are collected if the run has none. The same command, without --overwrite,
+    resumes an unfinished study.
 
     Args:
         run: folder of a finished run

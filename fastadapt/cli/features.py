@@ -28,7 +28,7 @@ def collect(
     config: CollectConfig,
 ) -> int:
     """Read held-out conversations through a run's replacement model, and store where each feature
-    fires. The same command resumes an unfinished collection.
+    fires. The same command, without --overwrite, resumes an unfinished collection.
 
     Args:
         run: folder of a finished run

@@ -41,8 +41,8 @@ def where_parser() -> Parser:
         description="Measure in which parts of the models a pair differs: the KL to the target "
         "with every combination of attention, MLPs, norms, and embeddings with the head taken from "
         "the base; the share of each part; single layers; the change of the weights. No training "
-        "is needed. The same command resumes an unfinished measurement. --data SOURCE is short for "
-        "--data.validation SOURCE.",
+        "is needed. The same command, without --overwrite, resumes an unfinished measurement. "
+        "--data SOURCE is short for --data.validation SOURCE.",
     )
     parser.add_argument(
         "source",

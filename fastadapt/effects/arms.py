@@ -13,7 +13,7 @@ scale               the adapter with a set scaled              adapter
 onto-target         the target with a set added, scaled        target
 ==================  =========================================  =========
 
-Each kind of change has a control: the same change of random features of equal density.
+Each kind of change has a control: the same change of random features of matched density.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.contrast.measure import Reader
 from fastadapt.evaluation.contrast.result import ModelKind
 from fastadapt.features.loading import RunContents
-from fastadapt.features.store.selection import matched
+from fastadapt.features.store.selection import density_shares, matched
 from fastadapt.features.store.sets import FeatureSet, Pair
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import scale_features
@@ -53,6 +53,8 @@ class Arm:
         random: whether random features are changed.
         factor: factor of the features.
         members: the features that are changed, one set per reader.
+        densities: density of each random set as a share of the set's, see
+            :func:`fastadapt.features.store.selection.density_shares`.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Arm:
     random: bool = False
     factor: float | None = None
     members: tuple[FeatureSet, ...] = ()
+    densities: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def arms_of(
         base: whether the base is one of the models.
         factors: factors of each set in the adapter, beside 0.
         scales: factors of each set on the target.
-        draws: number of random sets of equal density for each set and change.
+        draws: number of random sets of matched density for each set and change.
 
     Raises:
         UserError: the run has no features, a set does not exist, is empty or is of other adapters,
@@ -132,11 +135,11 @@ def arms_of(
     changes += [_Change("onto-target", scale, "target") for scale in scales]
     for name in sets:
         features = source.feature_set(factors_of(run, (name,)), name)
-        groups = {name: [features]}
+        groups: dict[str, tuple[list[FeatureSet], list[float | None]]] = {name: ([features], [])}
         if draws:
-            groups[f"random like {name}"] = [source.drawn(features, i) for i in range(draws)]
+            groups[f"random like {name}"] = source.drawn(features, draws)
         for change in changes:
-            for label, members in groups.items():
+            for label, (members, densities) in groups.items():
                 arms.append(
                     Arm(
                         change.name(label),
@@ -148,6 +151,7 @@ def arms_of(
                         label != name,
                         change.factor,
                         tuple(members),
+                        tuple(densities),
                     )
                 )
     return arms
@@ -174,14 +178,19 @@ class _Source:
         shape = (self._run.model.n_layers, self._run.model.n_features)
         return FeatureSet.from_pairs(pairs, adapter=self._adapter, shape=shape, expression=name)
 
-    def drawn(self, features: FeatureSet, seed: int) -> FeatureSet:
-        """Draw as many random features outside ``features``, each of matching density."""
-        if self._run.store is None:
+    def drawn(
+        self, features: FeatureSet, draws: int
+    ) -> tuple[list[FeatureSet], list[float | None]]:
+        """Draw random sets of matching density outside ``features``; also return their density as
+        a share of that of ``features``."""
+        store = self._run.store
+        if store is None:
             raise UserError(
                 "random sets are drawn from collected features: run fastadapt features collect "
                 "first, or pass --draws 0"
             )
-        return matched(self._run.store, features, 1, seed)
+        sets = [matched(store, features, 1, seed) for seed in range(draws)]
+        return sets, density_shares(store, features, sets)
 
     def reader(self, change: _Change, features: FeatureSet) -> Reader:
         """Return a reader of the model in which ``features`` are changed."""

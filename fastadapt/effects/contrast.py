@@ -77,7 +77,7 @@ class ContrastConfig:
         places: slips, the ends of slips in the embedded pair's data; words, the places before a
             word of the set; or auto: slips on the embedded pair's data, else words.
         n: largest number of texts, from the start of the data.
-        draws: random sets of equal density, for each set and intervention.
+        draws: random sets of matched density, for each set and intervention.
         scales: factors of the sets that are added to the target.
         factors: factors of the sets in the adapter, beside 0, which is ablation.
         entropy: with places words: the model, target or hybrid, whose entropy is equal at labelled
@@ -437,6 +437,7 @@ def _models(
                 "factor": arm.factor,
                 "reference": arm.reference,
                 "draws": drawn if arm.random else [],
+                **({"densities": list(arm.densities)} if arm.random else {}),
                 **summary[arm.name],
                 **({"gate": gated[arm.name]} if gated else {}),
             }

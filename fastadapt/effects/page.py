@@ -57,13 +57,19 @@ def _tiles(changes: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         ("KL of the hybrid", number(kl["hybrid"]), "nats per token, to the target"),
         ("KL with the adapter", number(kl[ADAPTER]), f"{percent(closed)} closed"),
-        ("Layer with most effect", str(most), f"KL +{number(layers[most]['delta_kl'])} without"),
+        ("Layer with most effect", str(most), _without(layers[most])),
         (
             "Feature with most effect",
             _name(first),
-            f"KL +{number(first['delta_kl'])} without; promotes {_promoted(first, 2)}",
+            f"{_without(first)}; promotes {_promoted(first, 2)}",
         ),
     ]
+
+
+def _without(part: Mapping[str, Any]) -> str:
+    """Return how the KL changes without a layer or feature."""
+    sign = "+" if part["delta_kl"] >= 0 else ""
+    return f"KL {sign}{number(part['delta_kl'])} without"
 
 
 def _name(feature: Mapping[str, Any]) -> str:

@@ -39,7 +39,9 @@ from fastadapt.reporting.tables import Table, as_latex, as_markdown, tables
 
 LOCK = ".lock"
 #: Advice of errors of the disk.
-RESUME_ADVICE = "Finished measurements are intact. Run the same command again to resume."
+RESUME_ADVICE = (
+    "Finished measurements are intact. Run the same command again, without --overwrite, to resume."
+)
 #: All entries that the folder may have.
 CONTENTS = (
     LOCK,

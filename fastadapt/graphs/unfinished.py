@@ -28,7 +28,7 @@ from fastadapt.io.ledger import Ledger
 from fastadapt.io.workspace import Workspace
 
 LEDGER = "batches.sqlite"
-_ADVICE = "Finished rows are saved. Run the same command again to resume."
+_ADVICE = "Finished rows are saved. Run the same command again, without --overwrite, to resume."
 _RESTART = "Begin the graph again (--overwrite)."
 
 

@@ -131,9 +131,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         f"Hesitation: {words}, per 1,000 tokens; by word: the means. {tasks}; "
         f"{percent(result['level'])} intervals over questions. {sets}; "
         f"{result['features']['alive']:,} of {result['features']['total']:,} features fired on the "
-        "texts of the store. Random sets "
-        "have equal density. Values of random sets pool all draws; intervals do not cover the "
-        "choice of a draw, so the hesitation of each draw is listed."
+        "texts of the store. Random sets have features of matched density, as far as such are "
+        "left; their density is a share of the set's, the mean over draws. Values of random sets "
+        "pool all draws; intervals do not cover the choice of a draw, so the hesitation of each "
+        "draw is listed."
     )
     head = ["features", "hesitation / 1,000 tokens", "by word", "hesitation by draw"]
     tail = ["tokens", "accuracy", "expected", "holds"]
@@ -244,7 +245,9 @@ def _features_of(result: Mapping[str, Any], arm: Arm) -> str:
     if arm["times"]:
         size = "same size" if arm["times"] == 1 else f"{arm['times']} times the size"
         draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
-        name = f"random, {size} ({draws})"
+        shares = [draw["density"] for draw in arm["draws"] if draw.get("density") is not None]
+        density = f", density {percent(sum(shares) / len(shares))}" if shares else ""
+        name = f"random, {size} ({draws}{density})"
     return name if arm["scale"] is None else f"{name}, × {arm['scale']:g}"
 
 

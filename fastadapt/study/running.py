@@ -29,7 +29,7 @@ from fastadapt.evaluation.benchmarks.scores import (
 )
 from fastadapt.evaluation.folder import present
 from fastadapt.evaluation.models_under_test import ModelSet
-from fastadapt.features.store.selection import alive
+from fastadapt.features.store.selection import alive, density_shares
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scale_features
@@ -131,7 +131,7 @@ class Study:
                 return None
             results.setdefault(arm.group, []).append(measured)
         result = self._describe(sets, benchmarks)
-        result["arms"] = self._summarise_arms(arms, results)
+        result["arms"] = self._summarise_arms(arms, results, sets)
         result["claims"] = claims(result)
         present(result, tables(result), figures(result), self.folder, "study", "study.json")
         return result
@@ -193,13 +193,17 @@ class Study:
         self,
         arms: list[Arm],
         results: Mapping[tuple[Any, ...], list[dict[str, BenchmarkResult]]],
+        sets: Mapping[str, FeatureSet],
     ) -> list[dict[str, Any]]:
         """Return each group's results, over all draws and for each draw."""
         config, measured = self.config.statistics, []
         (bias,) = (a.group for a in arms if a.selection == BIAS)
         floor, ceiling = results[bias][0], results[Arm(RUN).group][0]
         for group, draws in results.items():
-            first = next(arm for arm in arms if arm.group == group)
+            members = [arm for arm in arms if arm.group == group]
+            first = members[0]
+            drawn = [arm.features for arm in members if arm.times and arm.features is not None]
+            shares = density_shares(self.store, sets[first.selection], drawn) if drawn else []
             tasks = list(draws[0])
             whole = {task: pooled(task, draws) for task in tasks}
             summary = summarise_benchmarks(
@@ -233,7 +237,10 @@ class Study:
                         else None
                     ),
                     "draws": [
-                        {key: summary[str(i)][SAMPLED][key] for key in keys[:3]}
+                        {
+                            **{key: summary[str(i)][SAMPLED][key] for key in keys[:3]},
+                            **({"density": shares[i]} if shares else {}),
+                        }
                         for i in range(len(draws))
                     ],
                 }

@@ -34,7 +34,7 @@ DEPTHS = (5, 50, 500)
 #: What a path to `wait` passes.
 MEASURES = ("gate, then hesitation", "hesitation", "gate")
 #: The graphs and the gate's features of each column: the control of the marker has the same slips
-#: in prompts without it; that of the features has others of the same densities in their place.
+#: in prompts without it; that of the features has others of matched densities in their place.
 CASES = ("marker", "no marker", "marker, random features for the gate's")
 _TEXTS = 1 << 20  # more than the pair has
 Unit = tuple[int, int]

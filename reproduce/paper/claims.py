@@ -142,7 +142,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "6.1",
-        "Removing random features of equal density does not (at most 15%)",
+        "Removing random features of matched density does not (at most 15%)",
         "random sets, of up to 50k features, do not",
         CONTRAST,
         "contrast",

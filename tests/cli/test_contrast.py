@@ -61,6 +61,7 @@ def test_slips_are_contrasted_with_right_steps(
     assert abs(numbers["base"]["difference"]["mean"]) < 0.01
     for model in result["models"]:
         assert len(model["draws"]) == (2 if model["random"] else 0)
+        assert len(model.get("densities", [])) == len(model["draws"])
         if model["random"]:
             mean = sum(model["draws"]) / 2
             assert mean == pytest.approx(model["kinds"]["all"]["labelled"]["mean"])
@@ -70,6 +71,10 @@ def test_slips_are_contrasted_with_right_steps(
             assert values["difference"]["mean"] == pytest.approx(difference)
     assert f"{100 * numbers['target']['labelled']['mean']:.1f}% [" in outcome.out
     assert "P(wait): slips with a wrong operation" in outcome.out
+    (shares,) = {tuple(m["densities"]) for m in result["models"] if m["random"]}
+    shown = ", ".join(f"{100 * share:.1f}%" for share in shares)
+    tables = (run / "contrast" / "tables.md").read_text()
+    assert f"as a share of the set's: 0/5,2/9 {shown}." in tables
     sets = [(each["set"], each["random"]) for each in result["recognition"]]
     assert sets == [("0/5,2/9", False), ("0/5,2/9", True)]
     assert set(result["recognition"][0]["kinds"]) == {"all", "operation", "result"}

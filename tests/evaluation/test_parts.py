@@ -69,7 +69,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot be written.*Finished measurements are intact"):
+    with pytest.raises(RunError, match=r"cannot be written.*without --overwrite, to resume"):
         PartialResults(tmp_path / "file", "a", PRINT, 1).add(0, part(0))
 
 

@@ -280,6 +280,22 @@ def test_dead_features_are_matched_with_dead_ones(data: StoreData) -> None:
     like = FeatureSet.from_pairs(dead[:1], adapter="0" * 64, shape=(L, F), expression="dead")
     (drawn,) = selection.matched(data.store, like)
     assert drawn in dead[1:]
+    assert "density" not in selection.matched(data.store, like).expression
+
+
+def test_random_features_of_the_densest_fire_less_often(data: StoreData) -> None:
+    """The features that are left are rarer, which the drawn set's expression says."""
+    density = {
+        (row["layer"], row["feature"]): row["density"]
+        for row in data.store.read("features").to_pylist()
+    }
+    densest = sorted(density, key=lambda pair: -density[pair])[: len(density) // 3]
+    like = FeatureSet.from_pairs(densest, adapter="0" * 64, shape=(L, F), expression="densest")
+    drawn = selection.matched(data.store, like, 2)
+    share = sum(density[pair] for pair in drawn) / (2 * sum(density[pair] for pair in like))
+    assert share < 0.9
+    assert selection.density_shares(data.store, like, [drawn, like]) == pytest.approx([share, 1])
+    assert drawn.expression.endswith(f"2 times, seed 0, density {share:.2g} of the set's")
 
 
 def test_saved_sets_are_combined_and_matched(data: StoreData) -> None:
@@ -293,7 +309,9 @@ def test_saved_sets_are_combined_and_matched(data: StoreData) -> None:
     assert set(select(data.store, SelectConfig(difference=names))) == set(a) - set(b)
     drawn = select(data.store, SelectConfig(random="template", times=2, seed=4))
     assert drawn == selection.matched(data.store, b, 2, 4)
-    assert drawn.expression == f"random like ({b.expression}), 2 times, seed 4"
+    (share,) = selection.density_shares(data.store, b, [drawn])
+    words = f"random like ({b.expression}), 2 times, seed 4, density {share:.2g} of the set's"
+    assert drawn.expression == words
     with pytest.raises(UserError, match="no set 'none'; saved sets: hesitation, template"):
         select(data.store, SelectConfig(union=("none",)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_set_operations() -> None:
     assert (1, 4) not in a
     assert a.rows(1) == [5]
     assert (a | b).per_layer() == [1, 2]
+
+
+def test_membership_takes_no_pass_over_the_set() -> None:
+    """Many look-ups in a large set cost less than a few passes over it."""
+    pairs = [(layer, i) for layer in range(20) for i in range(1000)]
+    large = FeatureSet.from_pairs(pairs, adapter="", shape=(20, 2000), expression="large")
+    assert (0, 0) in large
+    start = time.process_time()
+    for _ in range(20):
+        frozenset(pairs)
+    middle = time.process_time()
+    assert not any((0, 1000 + i) in large for i in range(1000))
+    assert time.process_time() - middle < middle - start
 
 
 def test_sets_of_two_adapters_do_not_combine() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 import zlib
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -85,17 +88,44 @@ def judge(store: Store) -> None:
 
 
 def test_effects_are_columns_and_notes(store: Store) -> None:
-    """A feature that makes the adapter worse sorts with those that were not measured."""
+    """A negative effect is a measured value, below those above 0 and above no value."""
     effects = {"layer": [1, 1], "feature": [3, 5], "delta_kl": [0.25, -0.5], "positions": [99, 99]}
     store.add("effects", pa.table(effects).cast(EFFECTS))
     data = export(store) / "data"  # type: ignore[operator]
     _, index = unpack(data / "adapter-1.js")
-    assert {int(i): index["effect"][i] for i in np.flatnonzero(index["effect"])} == {3: 0.25}
+    measured = np.flatnonzero(np.isfinite(index["effect"]))
+    assert {int(i): index["effect"][i] for i in measured} == {3: 0.25, 5: -0.5}
+    assert index["effect"].min() == -np.inf
     notes = unpack(data / "adapter-1-0.js")[0]["notes"]
     assert {unit: tables["effects"][0]["delta_kl"] for unit, tables in notes.items()} == {
         "3": 0.25,
         "5": -0.5,
     }
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_negative_effects_are_shown_and_sorted_above_none() -> None:
+    folder = resources.files("fastadapt.features.site") / "static"
+    scripts = [(folder / f"{name}.js").read_text() for name in ("dom", "units", "list")]
+    check = """
+      const units = new Units({ kind: "adapter", layers: 2, features: 3 });
+      const names = ["count", "density", "max", "contribution", "region", "class"];
+      const others = Object.fromEntries(names.map((name) => [name, [1, 0, 1]]));
+      [[-Infinity, -0.5, 0], [0.25, -2e-4, -Infinity]].forEach((effect, layer) =>
+        units.insert(layer, { facts: {}, columns: { ...others, effect, described: [] } }));
+      const shown = (column) => (unit) =>
+        formatNumber(List.prototype.measured.call({ units, column }, unit));
+      const order = Array.from(units.order("effect"));
+      console.log(JSON.stringify(
+        [order, order.map(shown("effect")), [0, 1].map(shown("contribution"))]));
+    """
+    script = "\n".join([*scripts, check])
+    done = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [
+        [3, 2, 4, 1, 0, 5],
+        ["0.25", "0", "−2.0e−4", "−0.5", "–", "–"],
+        ["1", "–"],
+    ]
 
 
 def test_scales_are_columns(store: Store) -> None:

@@ -158,6 +158,7 @@ def test_disagreeing_draws_are_not_clear(rates: tuple[float, ...], verdict_text:
 def test_tables_figures_and_page(tmp_path: Path) -> None:
     scales = (-0.25, -0.5)
     draws = [{"hesitations_per_1000": interval(rate)} for rate in (10.0, 9.0)]
+    rarer = [{"hesitations_per_1000": interval(10.0), "density": 0.77}]
     values = result(
         arm("adapter", 2.0, "ablate"),
         arm("adapter", 9.5, "ablate", times=1, draws=draws),
@@ -165,7 +166,7 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
         arm("adapter", 8.0, "only"),
         arm("adapter", 0.0, "only", times=1),
         *(arm("target", 11 + 10 * scale, "onto-target", scale=scale) for scale in scales),
-        arm("target", 10.0, "onto-target", scale=-0.5, times=1),
+        arm("target", 10.0, "onto-target", scale=-0.5, times=1, draws=rarer),
     )
     study_tables = tables(values)
     assert [len(table.rows) for table in study_tables] == [4, 5, 4, 12]
@@ -176,7 +177,7 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
         *("target", "hybrid", "adapter", "hybrid with b_dec alone"),
         "without set top1",
     ]
-    assert names[-1] == "target with random, same size (1 draw), × -0.5"
+    assert names[-1] == "target with random, same size (1 draw, density 77.0%), × -0.5"
     assert by_benchmark.rows[0][1::2] == ["40.0% [36.0, 44.0]", "60.0% [54.0, 66.0]"]
     assert all(len(row) == len(table.head) for table in study_tables for row in table.rows)
     assert [row[-1] for row in study_tables[0].rows] == ["–", "yes", "yes, not clearly", "–"]

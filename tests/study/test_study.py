@@ -125,6 +125,8 @@ def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: P
             assert arm.features is not None
             assert len(arm.features) == arm.times * len(sets[arm.selection])
             assert not set(arm.features) & set(sets[arm.selection])
+    for entry in result["arms"]:
+        assert all(("density" in draw) == (entry["times"] > 0) for draw in entry["draws"])
     # A further call measures no arm.
     calls.clear()
     with opened(tmp_path / "study", contents=CONTENTS):

@@ -162,8 +162,12 @@ def graph(
     if stability is not None and not work.stopped:
         work.compare(stability, folder)
     if work.stopped:
-        finished = "finished graphs" if overwrite else "finished graphs and rows"
-        print(f"Stopped; {finished} are saved. Run the same command again to go on.")
+        print(
+            "Stopped; finished graphs are saved. The same command begins again; without "
+            "--overwrite, it leaves all graphs that exist."
+            if overwrite
+            else "Stopped; finished graphs and rows are saved. Run the same command again to go on."
+        )
     return 0
 
 

@@ -104,6 +104,9 @@ def _note(result: Mapping[str, Any]) -> str:
         {f"{m['kind']}: {m['reference']}" for m in result["models"] if m["reference"]}
     )
     compared = f" Change and cut are relative to ({'; '.join(references)})." if references else ""
+    drawn = {m["set"]: m["densities"] for m in result["models"] if m.get("densities")}
+    each = "; ".join(f"{name} {', '.join(map(percent, drawn[name]))}" for name in drawn)
+    density = f" Density of each random draw, as a share of the set's: {each}." if drawn else ""
     notes = "".join(f" {note}" for note in result["notes"])
     return (
         f"{places['texts_with_places']:,} of {places['texts']:,} texts have places; intervals of "
@@ -111,7 +114,7 @@ def _note(result: Mapping[str, Any]) -> str:
         f"{shown(entropy['labelled'])} and {shown(entropy['matched'])} nats. Difference: labelled "
         "minus matched. Of the target's: share of the target's difference over the hybrid's. "
         "Change: the difference minus the reference's, as such a share. Cut: 1 - P/P of the "
-        f"reference, at labelled places.{compared}{notes}"
+        f"reference, at labelled places.{compared}{density}{notes}"
     )
 
 

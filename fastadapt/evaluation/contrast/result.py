@@ -9,7 +9,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.evaluation.difference.result import Pair
 from fastadapt.evaluation.result_schema import Interval, Known, Shares
-from fastadapt.io.documents import Count, Finite, Name, Positive
+from fastadapt.io.documents import Count, Finite, Name, NonNegative, Positive
 
 SCHEMA_VERSION = 1
 #: Where places come from: slips of the embedded pair's generator, or words in the texts.
@@ -52,7 +52,8 @@ class Model(TypedDict):
     """A model: one of the pair, the run, or an arm with its draws of random features pooled.
 
     ``set`` is the name of the set of features, ``random`` whether features like those of the set
-    were drawn, ``draws`` the P(set) at labelled places of each draw, ``reference`` the model that
+    were drawn, ``draws`` the P(set) at labelled places of each draw, ``densities`` the density of
+    each draw as a share of the set's (None if the set never fired), ``reference`` the model that
     ``change`` and ``cut`` are relative to.
     """
 
@@ -64,6 +65,7 @@ class Model(TypedDict):
     factor: Finite | None
     reference: str | None
     draws: list[_Share]
+    densities: NotRequired[list[NonNegative | None]]
     kinds: dict[str, Numbers]
     words: dict[str, Word]
     gate: NotRequired[Gate]

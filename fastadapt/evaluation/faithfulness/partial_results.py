@@ -17,7 +17,9 @@ from fastadapt.io.tensors import TensorError, check_finite, open_tensors
 
 #: Dtypes and shapes of a model's arrays, all parts joined, by name; None for any size.
 Arrays = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
-_RESUME_ADVICE = "Finished measurements are intact. Run the same command again to resume."
+_RESUME_ADVICE = (
+    "Finished measurements are intact. Run the same command again, without --overwrite, to resume."
+)
 
 
 class PartialResults:

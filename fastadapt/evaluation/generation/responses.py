@@ -24,7 +24,9 @@ from fastadapt.io.names import has_file
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
-_RESUME_ADVICE = "Finished responses are intact. Run the same command again to resume."
+_RESUME_ADVICE = (
+    "Finished responses are intact. Run the same command again, without --overwrite, to resume."
+)
 Finish = Literal["eos", "length", "degenerate", "stop"]
 Key = tuple[str, int]
 _Record = TypeVar("_Record", "Response", "Speed")

@@ -74,15 +74,12 @@ class Opened:
         settings = asdict(self.config)
         for name in _ELSEWHERE:
             del settings[name]
-        data = {**asdict(self.source), "fingerprint": self.source.fingerprint()}
-        if self.source.markers == "text":
-            del data["markers"]  # as in collections of earlier versions
         return {
             "run": self.run,
             "adapter": adapter_digest(self.students.folder(self.name)),
             "models": self.students.fingerprint(self.name),
             "pair": {**pair.named, "dtype": pair.dtype},
-            "data": data,
+            "data": {**self.source.settings(), "fingerprint": self.source.fingerprint()},
             "settings": settings,
             "shard": list(shard),
         }

@@ -75,7 +75,10 @@ def _check_finished(folder: Path, shard: str) -> None:
     with open_parquet(folder / work.WORK / work.TEXTS, TEXTS) as file:
         groups = file.num_row_groups
     if not state.is_file() or snapshots.cursor_of(state).group < groups:
-        raise UserError(f"{folder}: shard {shard} is not finished; re-run its command to resume")
+        raise UserError(
+            f"{folder}: shard {shard} is not finished; re-run its command without --overwrite to "
+            "resume"
+        )
 
 
 def merged_texts(parts: Sequence[Part]) -> Prepared:

@@ -38,7 +38,7 @@ def save(tallies: Mapping[Kind, FeatureStats], cursor: Cursor, path: Path) -> No
         for kind, tally in tallies.items()
         for name, tensor in tally.tensors().items()
     }
-    advice = "The last snapshot is intact: re-run the same command to resume."
+    advice = "The last snapshot is intact: re-run the same command without --overwrite to resume."
     with disk_errors(path, advice), replacing(path) as staged:
         save_tensors(tensors, staged, {"cursor": json.dumps(cursor)})
 

@@ -73,13 +73,18 @@ class Source:
         name = resolve(self.name)
         return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 
+    def settings(self) -> dict[str, Any]:
+        """Return all settings; those that earlier versions did not know only if they are set."""
+        settings = asdict(self)
+        for name in ("subset", "columns", "bad_rows", "markers"):
+            if settings[name] == getattr(type(self), name):
+                del settings[name]
+        return settings
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of all settings, and of local files or of the commit on the hub."""
         files = sources.find_files(resolve(self.name), self.split, self.subset)
-        settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
-        for name in ("subset", "columns", "bad_rows", "markers"):
-            if settings[name] == getattr(type(self), name):
-                del settings[name]  # as in collections of earlier versions
+        settings = {**self.settings(), **({} if files is None else {"name": None, "split": None})}
         read_as = self.read_as()
         layout, _ = sources.read_contents(read_as, bad=sources.BadRows("skip"))
         if layout is not None and layout.system_columns:

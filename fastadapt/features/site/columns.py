@@ -101,10 +101,10 @@ def read_layer(
             detail[name] = _spread(scales[name].to_numpy(), units, n, "<f4", np.nan)
     notes = _notes(store, kind, layer)
     index["class"] = np.full(n, _NO_BYTE, "<u1")
-    index["effect"] = np.zeros(n, "<f4")  # for sorting: 0 where not measured, or not positive
+    index["effect"] = np.full(n, -np.inf, "<f4")  # not measured: sorted last
     for unit, tables in notes.items():
         if "effects" in tables:
-            index["effect"][unit] = max(0.0, tables["effects"][0]["delta_kl"])
+            index["effect"][unit] = tables["effects"][0]["delta_kl"]
         if "classes" in tables:
             row = tables["classes"][0]
             index["class"][unit] = classes.index([row["class"], row["subclass"]])

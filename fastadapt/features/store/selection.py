@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import inf, log
+from math import fsum, inf, log
 from operator import and_, or_, sub
 from typing import Any, ClassVar, get_args
 
@@ -27,7 +27,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
 from fastadapt.features.store.scales import COLUMNS, ORIGINS, Origin, origins
 from fastadapt.features.store.schema import MARKERS, Region
-from fastadapt.features.store.sets import FeatureSet, load_set, named, pair_of
+from fastadapt.features.store.sets import FeatureSet, Pair, load_set, named, pair_of
 from fastadapt.features.store.store import Store
 
 #: Promoted tokens in a row of lens.parquet.
@@ -54,7 +54,7 @@ class SelectConfig:
         origin: features that fine-tuning wrote so: new, strengthened, opposed or absent, see
             :mod:`fastadapt.features.store.scales`.
         sql: a SELECT of ``layer`` and ``feature`` over the tables of the store.
-        random: name of a set; draws features of the same densities that are not in the set.
+        random: name of a set; draws features of matched densities that are not in the set.
         union, intersection, difference: names of sets; ``difference`` is the first set without the
             others.
         top: number of promoted tokens that count, up to 10.
@@ -278,16 +278,19 @@ def matched(store: Store, like: FeatureSet, times: int = 1, seed: int = 0) -> Fe
     within a factor of √2; if none is left, the nearest in log density is taken. Features that
     never fired match each other.
 
+    If ``like`` has much of what fires, few features of matching density are left: the drawn set
+    then fires less often, and draws share most of their features. The expression of the drawn set
+    therefore ends with its density as a share of ``like``'s, see :func:`density_shares`.
+
     Raises:
         UserError: ``like`` is empty, or too few other features exist.
     """
     like.not_empty()
     wanted = times * len(like)
-    rows = _ask(store, "SELECT layer, feature, density FROM features ORDER BY layer, feature")
-    _require_all(store, like, rows)
-    least = min((density for *_, density in rows if density > 0), default=1.0)
+    densities = _densities(store, like)
+    least = min((density for density in densities.values() if density > 0), default=1.0)
     # Features that never fired are put two octaves below the rarest feature that did.
-    log_density = {(layer, i): log(density or least / 4) for layer, i, density in rows}
+    log_density = {pair: log(density or least / 4) for pair, density in densities.items()}
     free = sorted((log_density[pair], pair) for pair in log_density if pair not in like)
     if wanted > len(free):
         raise UserError(
@@ -309,11 +312,41 @@ def matched(store: Store, like: FeatureSet, times: int = 1, seed: int = 0) -> Fe
             nearest = (i for i in (low - 1, low) if 0 <= i < len(free))
             index = min(nearest, key=lambda i: abs(free[i][0] - target))
         drawn.append(free.pop(index)[1])
-    return _set(store, drawn, f"random like ({like.expression}), {times} times, seed {seed}")
+    expression = f"random like ({like.expression}), {times} times, seed {seed}"
+    if (share := _density_share(densities, like, drawn)) is not None:
+        expression += f", density {share:.2g} of the set's"
+    return _set(store, drawn, expression)
 
 
-def _require_all(store: Store, like: FeatureSet, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Raise ``UserError`` for an impossible density, or a feature of the set without a row."""
+def density_shares(
+    store: Store, like: FeatureSet, drawn: Sequence[FeatureSet]
+) -> list[float | None]:
+    """Return the density of each set of ``drawn`` as a share of that of ``like``.
+
+    Densities are summed over the features, and divided by the quotient of the sizes.
+
+    Returns:
+        A share for each set of ``drawn``, 1 if it fires as often as ``like``; None if ``like``
+        never fired.
+    """
+    densities = _densities(store, like)
+    return [_density_share(densities, like, each.features) for each in drawn]
+
+
+def _density_share(
+    densities: Mapping[Pair, float], like: FeatureSet, drawn: Sequence[Pair]
+) -> float | None:
+    whole, part = (fsum(densities[pair] for pair in pairs) for pairs in (like.features, drawn))
+    return part / whole * len(like) / len(drawn) if whole else None
+
+
+def _densities(store: Store, like: FeatureSet) -> dict[Pair, float]:
+    """Return the density of every feature of the store, sorted by layer and number.
+
+    Raises:
+        UserError: a density is impossible, or a feature of ``like`` has no row.
+    """
+    rows = _ask(store, "SELECT layer, feature, density FROM features ORDER BY layer, feature")
     path = store.path("features")
     for layer, feature, density in rows:
         if not 0 <= density < inf:
@@ -327,6 +360,7 @@ def _require_all(store: Store, like: FeatureSet, rows: Sequence[tuple[Any, ...]]
             f"{path}: the columns 'layer', 'feature': expected feature {feature} of layer {layer}, "
             "got none; collect the features again"
         )
+    return {(layer, i): density for layer, i, density in rows}
 
 
 # --- queries --------------------------------------------------------------------------------------

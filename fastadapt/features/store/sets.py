@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +105,23 @@ class FeatureSet:
         return iter(self.features)
 
     def __contains__(self, pair: object) -> bool:
-        return pair in self._pairs()
+        return pair in self._pairs
 
     def __or__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._pairs() | other._pairs(), "|")
+        return self._combined(other, self._pairs | other._pairs, "|")
 
     def __and__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._pairs() & other._pairs(), "&")
+        return self._combined(other, self._pairs & other._pairs, "&")
 
     def __sub__(self, other: FeatureSet) -> FeatureSet:
-        return self._combined(other, self._pairs() - other._pairs(), "-")
+        return self._combined(other, self._pairs - other._pairs, "-")
 
     def __invert__(self) -> FeatureSet:
         n_layers, n_features = self.shape
         every = {(layer, i) for layer in range(n_layers) for i in range(n_features)}
         return replace(
             self,
-            features=tuple(sorted(every - self._pairs())),
+            features=tuple(sorted(every - self._pairs)),
             expression=f"~({self.expression})",
             name="",
         )
@@ -162,6 +163,7 @@ class FeatureSet:
         with replacing(path) as staged:
             staged.write_text(json.dumps(plain, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    @cached_property
     def _pairs(self) -> frozenset[Pair]:
         return frozenset(self.features)
 

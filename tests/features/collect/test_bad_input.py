@@ -272,7 +272,9 @@ def test_a_full_disk(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshots, "save_tensors", full)
-        with pytest.raises(RunError, match=r"cannot be written: No space left on device"):
+        with pytest.raises(
+            RunError, match=r"No space left on device.*without --overwrite to resume"
+        ):
             collect(run, tmp_path / "store", config)
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert collect(run, tmp_path / "store", config) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def test_a_finished_collection_is_not_repeated(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert collect(run, folder, CONFIG) is not None
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def test_a_collection_of_a_version_without_settings_of_its_data_is_read(
+    run: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    assert collect(run, folder, CONFIG) is not None
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    data = manifest["collected"]["data"]
+    for name in ("subset", "columns", "bad_rows", "markers"):
+        data.pop(name, None)  # as in those versions
+    for settings in ({}, {"subset": None, "columns": None, "bad_rows": "stop"}):
+        data |= settings  # and as in versions after them
+        path.write_text(json.dumps(manifest))
+        before = path.read_bytes()
+        assert collect(run, folder, CONFIG) is not None
+        assert path.read_bytes() == before
 
 
 @pytest.mark.slow

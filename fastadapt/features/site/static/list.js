@@ -258,7 +258,7 @@ class List {
       cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
       cell("contribution", this.column === "base_share"
         ? formatPercent(units.base_share[unit])
-        : formatNumber(units[this.column][unit] || null)),
+        : formatNumber(this.measured(unit))),
       cell("density", el("i", { style: { "--share": share } }), formatPercent(units.density[unit])),
       cell("region", region),
     ];
@@ -267,6 +267,12 @@ class List {
       cells.push(cell("class", el("bdi", {}, inlineText(names.filter(Boolean).join(": ")))));
     }
     row.replaceChildren(...cells, content);
+  }
+
+  /** Returns a unit's number in the sorted column; null if it never fired or was not measured. */
+  measured(unit) {
+    const value = this.units[this.column][unit];
+    return Number.isFinite(value) && (value !== 0 || this.column === "effect") ? value : null;
   }
 
   /** Selects a row and scrolls to it. */

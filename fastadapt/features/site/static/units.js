@@ -10,7 +10,8 @@ class Units {
     this.density = new Float32Array(this.n);
     this.max = new Float32Array(this.n);
     this.contribution = new Float32Array(this.n); // density × mean activation × norm of the row
-    this.effect = new Float32Array(this.n); // rise of the KL without the unit, 0 if not measured
+    // Rise of the KL without the unit; -Infinity if not measured, which sorts last.
+    this.effect = new Float32Array(this.n).fill(-Infinity);
     this.base_share = new Float32Array(this.n).fill(NaN); // share in the base, -1 to 1
     this.origin = new Uint8Array(this.n).fill(255);
     this.region = new Uint8Array(this.n).fill(255);
