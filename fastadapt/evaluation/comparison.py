@@ -28,6 +28,7 @@ from fastadapt.evaluation.faithfulness.partial_replacement import (
     PartialConfig,
     measure_partial,
 )
+from fastadapt.evaluation.faithfulness.prompts import family_of
 from fastadapt.evaluation.faithfulness.summary import (
     order,
     output_groups,
@@ -166,7 +167,7 @@ class Comparison:
         )
         if self.stop.is_set():
             return {}
-        answers = answer_starts(texts, self.models.tokenizer)
+        answers = answer_starts(texts, self.models.tokenizer, family_of(self.models))
         summary = summarise_output(measured, texts, answers, self.config.statistics)
         ranked = [name for name in self._ranking(summary) if name in measured]
         groups = self._groups

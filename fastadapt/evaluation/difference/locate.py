@@ -204,7 +204,8 @@ def _result(
 ) -> dict[str, Any]:
     """Return the contents of ``where.json``, without answers to benchmarks' questions."""
     statistics = request.config.statistics
-    answers = answer_starts(texts, models.pair.tokenizer)
+    family = None if request.data is None else request.data.family
+    answers = answer_starts(texts, models.pair.tokenizer, family)
     sections = summarise(measured, models.parts, texts, answers, statistics)
     settings = {
         **dataclasses.asdict(request.config),
