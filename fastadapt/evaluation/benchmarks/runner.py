@@ -360,10 +360,21 @@ def require_questions(config: BenchmarkConfig) -> None:
         _questions(task, config)
 
 
-def count_responses(config: BenchmarkConfig) -> dict[str, int]:
-    """Return the number of responses to each benchmark; raise as :func:`require_questions`."""
+def response_keys(config: BenchmarkConfig) -> dict[str, set[tuple[str, int]]]:
+    """Return question and repetition of each response to each benchmark.
+
+    Raises:
+        UserError: lm-eval is not installed, or a benchmark's data is missing.
+    """
     _require_lm_eval()
-    return {task: len(_questions(task, config)) * config.repeats(task) for task in config.tasks}
+    return {
+        task: {
+            (row["id"], repetition)
+            for row in _questions(task, config)
+            for repetition in range(config.repeats(task))
+        }
+        for task in config.tasks
+    }
 
 
 def _require_lm_eval() -> None:
