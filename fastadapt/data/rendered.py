@@ -38,6 +38,47 @@ class Piece(NamedTuple):
     role: Role | None
 
 
+class Reasoning(NamedTuple):
+    """Reasoning in a response, as positions of characters.
+
+    Attributes:
+        begin: after the opening marker; 0 if the response has none.
+        end: before the closing marker, or the length of the response.
+        after: after the closing marker, or the length of the response.
+    """
+
+    begin: int
+    end: int
+    after: int
+
+
+def find_reasoning(response: str, thinking: tuple[str, str]) -> Reasoning | None:
+    """Return where a response reasons; None if it does not.
+
+    If the response begins with the opening marker, its reasoning begins there. Otherwise its
+    reasoning begins with the response if the closing marker follows. It ends with the first closing
+    marker, or with the response.
+
+    Args:
+        response: text of the response.
+        thinking: opening and closing marker; empty without.
+
+    Example:
+        >>> find_reasoning("<think>so</think>4", ("<think>", "</think>"))
+        Reasoning(begin=7, end=9, after=17)
+        >>> find_reasoning("it is 4", ("<think>", "</think>")) is None
+        True
+    """
+    opening, closing = thinking
+    blank = len(response) - len(response.lstrip())
+    opens = bool(opening) and response.startswith(opening, blank)
+    begin = blank + len(opening) if opens else 0
+    close = response.find(closing, begin) if closing else -1
+    if close >= 0:
+        return Reasoning(begin, close, close + len(closing))
+    return Reasoning(begin, len(response), len(response)) if opens else None
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation rendered as text, in pieces of which each has a known role.
@@ -74,27 +115,14 @@ class Rendered:
         return [(start, end) for start, end in spans if end > start]
 
     def reasoning(self) -> list[tuple[int, int]]:
-        """Return the character spans of the assistant's reasoning, its markers included.
-
-        If a response begins with the opening marker, its reasoning begins there. Otherwise its
-        reasoning begins with the response if the closing marker follows. It ends with the first
-        closing marker, or with the response.
-        """
-        opening, closing = self.thinking
-        spans = []
-        for piece, start, end in self.spans():
-            if piece.role != "assistant" or piece.part != "text":
-                continue
-            blank = len(piece.text) - len(piece.text.lstrip())
-            opens = bool(opening) and piece.text.startswith(opening, blank)
-            close = (
-                piece.text.find(closing, blank + len(opening) if opens else 0) if closing else -1
-            )
-            if close >= 0:
-                spans.append((start, start + close + len(closing)))
-            elif opens:
-                spans.append((start, end))
-        return spans
+        """Return the character spans of the assistant's reasoning, its markers included."""
+        return [
+            (start, start + reasoning.after)
+            for piece, start, _ in self.spans()
+            if piece.role == "assistant"
+            and piece.part == "text"
+            and (reasoning := find_reasoning(piece.text, self.thinking)) is not None
+        ]
 
     def prompt(self, opening: str = "") -> Rendered:
         """Return the pieces before the assistant's last response, from which a model goes on.

@@ -13,7 +13,7 @@ from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
 from fastadapt.data.tokens import Encoder, Markers, check_ids, encode
 from fastadapt.errors import UserError
-from fastadapt.evaluation.faithfulness.prompts import held_out
+from fastadapt.evaluation.faithfulness.prompts import family_of, held_out
 from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
@@ -124,8 +124,7 @@ def _run_folder(models: ModelSet) -> Path:
 
 def _family(models: ModelSet) -> Spec | None:
     """Return the chat format of the run's conversations; None without one, or for plain text."""
-    recorded = held_out(_run_folder(models))
-    family = models.family or (recorded and recorded.family)
+    family = family_of(models)
     return None if family == TEXT_ONLY else family
 
 

@@ -16,8 +16,13 @@ from threading import Event
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks.run_all import complete_config, count_texts, run_models
-from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig, require_questions
+from fastadapt.evaluation.benchmarks.run_all import (
+    checked_modes,
+    complete_config,
+    count_texts,
+    run_models,
+)
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.benchmarks.scores import (
     Results,
     summarise_benchmarks,
@@ -28,6 +33,7 @@ from fastadapt.evaluation.faithfulness.partial_replacement import (
     PartialConfig,
     measure_partial,
 )
+from fastadapt.evaluation.faithfulness.prompts import family_of
 from fastadapt.evaluation.faithfulness.summary import (
     order,
     output_groups,
@@ -107,13 +113,13 @@ class Comparison:
             The contents of ``eval.json``; None if stopped before everything was measured.
 
         Raises:
-            UserError: ``parts`` is empty, data or a package is missing, or a stored result is
-                damaged.
+            UserError: ``parts`` is empty, data or a package is missing, a prompt is longer than a
+                model's context, or a stored result is damaged.
         """
         if not parts:
             raise UserError(f"--parts: expected one or more of {', '.join(PARTS)}, got none")
         if "benchmarks" in parts:  # fail before the other parts take hours
-            require_questions(self._benchmark_config())
+            checked_modes(self.models, self._benchmark_config())
         sections: dict[str, Any] = {}
         if {"outputs", "partial"} & set(parts):
             texts = target_texts(
@@ -166,7 +172,7 @@ class Comparison:
         )
         if self.stop.is_set():
             return {}
-        answers = answer_starts(texts, self.models.tokenizer)
+        answers = answer_starts(texts, self.models.tokenizer, family_of(self.models))
         summary = summarise_output(measured, texts, answers, self.config.statistics)
         ranked = [name for name in self._ranking(summary) if name in measured]
         groups = self._groups

@@ -35,7 +35,6 @@ from fastadapt.models.pair import DTYPES
 from fastadapt.models.pretrained import (
     load_causal_lm,
     load_tokenizer,
-    model_config,
 )
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.models.sources.checks import conflicting_id
@@ -44,6 +43,7 @@ from fastadapt.models.sources.fingerprint import (
     fingerprint,
     warn_of_changes,
 )
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
@@ -169,8 +169,33 @@ class ModelSet:
 
     @property
     def tokenizer(self) -> Any:
-        """Tokenizer of the pair."""
-        return self.model.pair.tokenizer
+        """Tokenizer of the pair, read without the weights."""
+        return self.model.pair.tokenizer if self._is_loaded else self._source_tokenizer
+
+    def sizes(self, name: str) -> Any:
+        """Return transformers' configuration of a model, read without the weights.
+
+        Args:
+            name: ``base``, or any other model, which has the target's configuration.
+        """
+        return self._configs[name == "base"]
+
+    @property
+    def _is_loaded(self) -> bool:
+        return "model" in vars(self)
+
+    @cached_property
+    def _sources(self) -> Sources:
+        return Sources.find(self.config)
+
+    @cached_property
+    def _source_tokenizer(self) -> Any:
+        return self._sources.tokenizer()
+
+    @cached_property
+    def _configs(self) -> list[Any]:
+        """Configurations of target and base."""
+        return self._sources.configs()
 
     def adapters(self, name: str) -> nn.ModuleList:
         """Return a run's adapters on the pair's device, in the pair's dtype and in eval mode.
@@ -240,14 +265,11 @@ class ModelSet:
 
     @cached_property
     def _base_rows(self) -> int:
-        config = self.model.pair.config
-        return int(
-            model_config(config.base, config.base_revision, config.trust_remote_code).vocab_size
-        )
+        return int(self.sizes("base").get_text_config().vocab_size)
 
     @cached_property
     def _tokenizer_obstacle(self) -> str | None:
-        config = self.model.pair.config
+        config = self._sources.config
         try:
             base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
         except UserError:

@@ -17,7 +17,8 @@ from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
-    count_responses,
+    read_rows,
+    response_keys,
     run_benchmarks,
     summarize,
 )
@@ -33,6 +34,7 @@ from fastadapt.features.store.selection import alive, density_shares
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scale_features
+from fastadapt.io.names import has_file
 from fastadapt.study.conditions import BIAS, PARTS, RUN, Arm, StudyConfig, arms_of, select
 from fastadapt.study.report import claims, figures, tables
 
@@ -56,7 +58,7 @@ class Cost:
     Attributes:
         arms: number of arms.
         measured: number of arms whose responses are complete.
-        responses: responses of the other arms.
+        responses: responses of the other arms that are not graded yet.
         max_new_tokens: largest number of tokens of a response.
     """
 
@@ -98,17 +100,21 @@ class Study:
         """Return the numbers of arms, in all and measured, and of responses still to sample.
 
         Raises:
-            UserError: a required package is not installed, or a selection is empty.
+            UserError: a required package is not installed, a selection is empty, or a file of
+                graded responses is damaged.
         """
         benchmarks = self._benchmarks()
-        each = count_responses(benchmarks)
+        keys = response_keys(benchmarks)
         arms = arms_of(self.store, select(self.store, self.config), self.config)
-        measured = sum(
-            all((self._folder(arm, benchmarks) / f"{t}.rows.jsonl").is_file() for t in each)
-            for arm in arms
-        )
-        responses = (len(arms) - measured) * sum(each.values())
-        return Cost(len(arms), measured, responses, self.config.sampling.max_new_tokens)
+        missing = [
+            sum(
+                len(required - _graded(folder / f"{task}.rows.jsonl"))
+                for task, required in keys.items()
+            )
+            for folder in (self._folder(arm, benchmarks) for arm in arms)
+        ]
+        max_new_tokens = self.config.sampling.max_new_tokens
+        return Cost(len(arms), missing.count(0), sum(missing), max_new_tokens)
 
     def run(self) -> dict[str, Any] | None:
         """Run the benchmarks of missing arms; write ``study.json``, tables, plots and page.
@@ -120,7 +126,7 @@ class Study:
             UserError: a required package is not installed, or a selection is empty.
         """
         benchmarks = self._benchmarks()
-        count_responses(benchmarks)  # fails before the first arm if questions are missing
+        response_keys(benchmarks)  # fails before the first arm if questions are missing
         sets = select(self.store, self.config)
         arms = arms_of(self.store, sets, self.config)
         results: dict[tuple[Any, ...], list[dict[str, BenchmarkResult]]] = {}
@@ -279,6 +285,11 @@ class Study:
             ],
             "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
         }
+
+
+def _graded(path: Path) -> set[tuple[str, int]]:
+    """Return question and repetition of the graded responses in a file; none without a file."""
+    return {(row.question, row.repetition) for row in read_rows(path)} if has_file(path) else set()
 
 
 def pooled(task: str, draws: list[dict[str, BenchmarkResult]]) -> BenchmarkResult:

@@ -8,11 +8,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import yaml
 
+from fastadapt.errors import UserError
 from fastadapt.evaluation.difference.result import read_result
 from fastadapt.io.documents import DocumentError
 
@@ -196,3 +198,28 @@ def test_hybrids_of_the_embedded_pair_answer_questions(
     assert answers[()]["length"]["mean"] > 2 * answers[parts]["length"]["mean"]
     assert answers[()]["accuracy"]["mean"] >= 0.5
     assert "Answers" in outcome.out
+
+
+def test_questions_have_the_format_of_the_tokenizer(tmp_path: Path) -> None:
+    from fastadapt.data.sequences import DataConfig
+    from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
+    from fastadapt.evaluation.difference.locate import WhereConfig, WhereRequest, locate
+    from fastadapt.models.pair import PairConfig
+
+    def ask(few_shot: int) -> Any:
+        request = WhereRequest(
+            PairConfig("organism/target", "organism/base", device="cpu"),
+            DataConfig("", "organism/validation"),
+            generate=True,
+            config=WhereConfig(benchmarks=BenchmarkConfig(few_shot=few_shot)),
+        )
+        assert request.data is not None
+        assert request.data.family == "auto"
+        stop = Event()
+        stop.set()
+        return locate(request, tmp_path / "out", lambda *_: None, stop)
+
+    assert ask(0) is None  # stopped after the questions were checked
+    message = "benchmarks.few_shot 30: target, organism_math, request .* context of 512 tokens"
+    with pytest.raises(UserError, match=message):
+        ask(30)

@@ -101,7 +101,7 @@ STRIPS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen", LEAD, STRIPS])
+@pytest.mark.parametrize("family", ["auto", "qwen", LEAD, STRIPS])
 @pytest.mark.parametrize("said", [SAID, "<think> so </think> now", " now "])
 def test_a_response_is_read_as_in_training(
     open_run: Callable[..., ModelSet], family: Any, said: str

@@ -7,8 +7,10 @@ import json
 import socket
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -39,9 +41,11 @@ from fastadapt.evaluation.benchmarks.runner import (
     read_rows,
     run_benchmarks,
 )
+from fastadapt.evaluation.comparison import Comparison, EvalConfig
 from fastadapt.evaluation.generation.degeneration import DegenerationConfig
 from fastadapt.evaluation.generation.responses import read_responses
 from fastadapt.evaluation.generation.sampling import SamplingConfig
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -550,3 +554,38 @@ def test_a_prompt_that_does_not_fit_is_refused_before_sampling(
     ):
         run_benchmarks(replacement.model, replacement.pair.tokenizer, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("few_shot", "base_context", "message"),
+    [
+        (0, 16, "base, sampled, math500, request 'math500/0': .* context of 16 tokens"),
+        (1, 32, "benchmarks.few_shot 1: base, 1-shot, math500, request .* of 32 tokens"),
+        (3, None, "benchmarks.few_shot 3: hybrid, 3-shot, math500, request .* of 64 tokens"),
+    ],
+)
+def test_prompts_are_checked_before_anything_is_sampled(
+    few_shot: int,
+    base_context: int | None,
+    message: str,
+    make_run: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    family = {"user": ["w5 ", " "], "assistant": ["w6", ""], "thinking": ["", ""]}
+    compared = ModelSet.open([make_run("run", architecture="llama", family=family)])
+    if base_context is None:
+        compared.compared.pop("base")
+    else:
+        path = Path(compared.config.base) / "config.json"
+        values = {**json.loads(path.read_text()), "max_position_embeddings": base_context}
+        path.write_text(json.dumps(values))
+    row = json.dumps({"problem": " ".join(["w7"] * 20), "answer": "3"}) + "\n"
+    (tmp_path / "math500.jsonl").write_text(4 * row)
+    config = BenchmarkConfig(tasks=("math500",), data=str(tmp_path), few_shot=few_shot)
+    comparison = Comparison(
+        compared, tmp_path / "out", EvalConfig(benchmarks=config), lambda *_: None, Event()
+    )
+    with pytest.raises(UserError, match=message):
+        comparison.run(("outputs", "benchmarks"))
+    assert not (tmp_path / "out").exists()
+    assert "model" not in vars(compared)  # no weights were read

@@ -429,6 +429,25 @@ def test_a_low_rank_layer_counts_as_the_layer_it_equals(
     assert math.isclose(matrix["change"], delta.norm() / base.norm(), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("tied", ["target", "base"])
+def test_a_head_that_one_model_ties_is_compared(tied: str, save_model: Callable[..., str]) -> None:
+    folders = {
+        role: save_model(role, seed, tie_word_embeddings=role == tied)
+        for seed, role in enumerate(("target", "base"))
+    }
+    models = load(folders)
+    with torch.no_grad():  # the embeddings are equal
+        embedding = models.base.get_input_embeddings().weight
+        models.pair.target.get_input_embeddings().weight.copy_(embedding)
+    (outside,) = (e for e in weight_changes(models) if (e["part"], e["layer"]) == (PARTS[-1], None))
+    target, base = models.head("target"), models.head("base")
+    changes = {name: matrix["change"] for name, matrix in outside["matrices"].items()}
+    assert changes == {
+        "embed_tokens.weight": 0,
+        "lm_head.weight": pytest.approx(((target - base).norm() / base.norm()).item()),
+    }
+
+
 def test_the_rank_of_a_low_rank_change() -> None:
     u, v = torch.randn(3, 40), torch.randn(3, 24)
     one, three = ranks(torch.outer(u[0], v[0])), ranks(u.T @ v)

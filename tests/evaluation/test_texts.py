@@ -29,7 +29,7 @@ class Words:
 def test_regions_are_of_the_token_that_is_predicted() -> None:
     tokenizer = Words("<user>", "why", "<think>", "hm", "</think>", "so", "<eos>")
     text = Text("a", [0, 1, 2, 3, 3, 4, 5, 6], prompt_length=2)
-    (start,) = answer_starts([text], tokenizer)
+    (start,) = answer_starts([text], tokenizer, None)
     assert start == 6
     got = [REGIONS[i] for i in region_of(len(text.ids), text.prompt_length, start)]
     #      predicts: why    <think>     hm          hm        </think>     so        <eos>
@@ -43,12 +43,24 @@ def test_regions_are_of_the_token_that_is_predicted() -> None:
         (("a", "</thi", "nk>\n\n", "b"), [0, 1, 2, 3], 3),  # the last token has more characters
         (("a", "</think>", "b"), [1, 0, 2, 1, 2], 4),  # a marker in the prompt does not count
         (("a", "</think>", "b"), [0, 1, 2, 1, 2], 2),  # the first marker counts
-        (("a", "</think", "b"), [0, 1, 2, 2], 4),  # never closed
+        (("a", "</think", "b"), [0, 1, 2, 2], 1),  # no marker: all is answer
+        (("a", "<think>", "b"), [0, 1, 2, 2], 4),  # never closed
+        (("<think>\n", "a", "b"), [0, 1, 2, 2], 4),  # opened by the prompt, never closed
+        (("<think>\n", "a", "</think>", "b"), [0, 1, 2, 3], 3),  # opened by the prompt
+        (("a", " ", "<thi", "nk>b", "</think>"), [0, 1, 2, 3, 4, 0], 5),  # opened after a blank
+        (("a", "b <think>"), [0, 1, 0], 1),  # a marker within the response opens nothing
         (("a", "</think>"), [0, 0, 1], 3),  # an empty answer
     ],
 )
 def test_starts_of_answers(words: tuple[str, ...], ids: list[int], start: int) -> None:
-    assert answer_starts([Text("a", ids, prompt_length=1)], Words(*words)) == [start]
+    assert answer_starts([Text("a", ids, prompt_length=1)], Words(*words), None) == [start]
+
+
+@pytest.mark.parametrize(("thinking", "start"), [(["[", "]"], 4), (["", ""], 1)])
+def test_markers_are_those_of_the_family(thinking: list[str], start: int) -> None:
+    family = {"user": ["Q", ""], "assistant": ["A", ""], "thinking": thinking}
+    text = Text("a", [0, 1, 2, 3, 2], prompt_length=1)
+    assert answer_starts([text], Words("A", "[", "so", "]"), family) == [start]
 
 
 def test_a_text_without_prompt_or_thinking() -> None:

@@ -23,7 +23,7 @@ from fastadapt.cli.main import main
 from fastadapt.cli.progress import Progress
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig, Row, response_keys
 from fastadapt.evaluation.folder import opened
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
@@ -43,7 +43,7 @@ from fastadapt.study.conditions import (
     arms_of,
     select,
 )
-from fastadapt.study.running import CONTENTS, Study
+from fastadapt.study.running import CONTENTS, Cost, Study
 
 NAMES = {"target": "organism/target", "base": "organism/base"}
 SMALL = StudyConfig(
@@ -177,6 +177,30 @@ def test_the_cost_is_said_first(
     assert not (run / "study").exists()
     assert main([*command, "--paper", "--study.draws", "2"]) == 2
     assert "--paper sets all settings --study.*" in capsys.readouterr().err
+
+
+def test_the_cost_counts_the_responses_that_are_missing(run: Path, tmp_path: Path) -> None:
+    """A pilot with fewer questions or repetitions leaves the others to sample."""
+    study = open_study(run, tmp_path, SMALL, Event(), [])
+    benchmarks = study._benchmarks()
+    arms = arms_of(study.store, select(study.store, SMALL), SMALL)
+    n, limit = len(arms), 12
+    assert study.cost() == Cost(n, 0, 2 * n, limit)
+    (keys,) = response_keys(benchmarks).values()
+    rows = [Row(*key, True, "1", 1, "eos", None, 0, "") for key in sorted(keys)]
+    lines = "".join(json.dumps(vars(row)) + "\n" for row in rows)
+    for arm in arms:
+        folder = study._folder(arm, benchmarks)
+        folder.mkdir(parents=True)
+        (folder / "organism_math.rows.jsonl").write_text(lines)
+    assert study.cost() == Cost(n, n, 0, limit)
+    for changed, missing in (
+        (replace(SMALL.benchmarks, limit=5), 3),
+        (replace(SMALL.benchmarks, repetitions=3), 4),
+        (replace(SMALL.benchmarks, limit=1), 0),
+    ):
+        expected = Cost(n, 0 if missing else n, missing * n, limit)
+        assert replace(study, config=replace(SMALL, benchmarks=changed)).cost() == expected
 
 
 def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
+    check_prompts,
     default_tasks,
     prompt_ids,
     run_benchmarks,
@@ -60,15 +61,12 @@ def run_models(
         folder: stores one folder per model and mode.
         progress: called with (model and mode, completed responses, total responses).
         stop: set it to stop early; the results are incomplete then.
+
+    Raises:
+        UserError: see :func:`checked_modes`; raised before anything is sampled.
     """
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
-    bos = models.base_bos if config.few_shot else ""
-    for model in ("target", *models.compared):
-        modes = prompt_modes(model, config, bos)
-        if model == "base":
-            modes = _readable(models, modes)
-        if not modes:
-            continue
+    for model, modes in checked_modes(models, config).items():
         sha256 = models.fingerprint(model)
         with models.generating(model) as generates:
             for mode, settings in modes.items():
@@ -86,6 +84,31 @@ def run_models(
                     return results
                 results.setdefault(model, {})[mode] = result
     return results
+
+
+def checked_modes(
+    models: ModelSet, config: BenchmarkConfig
+) -> dict[str, dict[str, BenchmarkConfig]]:
+    """Return the prompt modes of each model, and check their prompts; read no weights.
+
+    A base that cannot read the prompts is left out, with a note.
+
+    Raises:
+        UserError: lm-eval is not installed, a benchmark's data is missing, or a prompt is longer
+            than a model's context.
+    """
+    bos = models.base_bos if config.few_shot else ""
+    checked: dict[str, dict[str, BenchmarkConfig]] = {}
+    for model in ("target", *models.compared):
+        modes = prompt_modes(model, config, bos)
+        if model == "base":
+            modes = _readable(models, modes)
+        # The prompts of a run are the target's.
+        for mode, settings in modes.items() if model not in models.runs else ():
+            check_prompts(models.tokenizer, settings, models.sizes(model), f"{model}, {mode}")
+        if modes:
+            checked[model] = modes
+    return checked
 
 
 def prompt_modes(

@@ -353,17 +353,45 @@ def _row(task: str, response: Response, answer: str, config: BenchmarkConfig) ->
     )
 
 
-def require_questions(config: BenchmarkConfig) -> None:
-    """Raise ``UserError`` if lm-eval or the data of a benchmark is missing."""
+def check_prompts(tokenizer: Any, config: BenchmarkConfig, sizes: Any, name: str) -> None:
+    """Check that benchmarks can be run on a model, without its weights.
+
+    Args:
+        tokenizer: tokenizer of the pair.
+        config: settings.
+        sizes: transformers' configuration of the model.
+        name: name of the model, and of its prompt mode, for errors.
+
+    Raises:
+        UserError: lm-eval is not installed, a benchmark's data is missing, or a prompt does not
+            fit the context.
+    """
     _require_lm_eval()
+    text = sizes.get_text_config()
+    option = f"benchmarks.few_shot {config.few_shot}: " if config.few_shot else ""
     for task in config.tasks:
-        _questions(task, config)
+        requests = _requests(tokenizer, task, config)
+        try:
+            check_requests(requests, text.max_position_embeddings, text.vocab_size)
+        except UserError as error:
+            raise UserError(f"{option}{name}, {task}, {error}") from None
 
 
-def count_responses(config: BenchmarkConfig) -> dict[str, int]:
-    """Return the number of responses to each benchmark; raise as :func:`require_questions`."""
+def response_keys(config: BenchmarkConfig) -> dict[str, set[tuple[str, int]]]:
+    """Return question and repetition of each response to each benchmark.
+
+    Raises:
+        UserError: lm-eval is not installed, or a benchmark's data is missing.
+    """
     _require_lm_eval()
-    return {task: len(_questions(task, config)) * config.repeats(task) for task in config.tasks}
+    return {
+        task: {
+            (row["id"], repetition)
+            for row in _questions(task, config)
+            for repetition in range(config.repeats(task))
+        }
+        for task in config.tasks
+    }
 
 
 def _require_lm_eval() -> None:

@@ -20,11 +20,12 @@ from threading import Event
 from typing import Any
 
 from fastadapt.data.sequences import DataConfig
+from fastadapt.data.templates import auto_format
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
+    check_prompts,
     default_tasks,
-    require_questions,
 )
 from fastadapt.evaluation.difference.generation import answer
 from fastadapt.evaluation.difference.measure import DifferenceConfig, Measured, measure
@@ -42,6 +43,7 @@ from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.io.documents import check
 from fastadapt.models.pair import PairConfig
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 
 RESULT = "where.json"
@@ -101,14 +103,18 @@ class WhereRequest:
             other = "" if self.generate else ", or one (--text)"
             raise UserError(f"data.validation is missing: give the texts (--data){other}")
 
-    def questions(self) -> BenchmarkConfig:
-        """Return the settings of the questions, with sampling, family and default tasks."""
+    def questions(self, tokenizer: Any) -> BenchmarkConfig:
+        """Return the settings of the questions, with sampling, family and default tasks.
+
+        Args:
+            tokenizer: tokenizer of the pair, for the family "auto".
+        """
         assert self.data is not None
         given = self.config.benchmarks
         return replace(
             given,
             tasks=given.tasks or default_tasks(resolve(self.pair.target)),
-            family=self.data.family,
+            family=auto_format.resolve(self.data.family, tokenizer),
             sampling=self.config.sampling,
         )
 
@@ -134,7 +140,10 @@ def locate(
         RunError: a prediction is not finite, or the folder cannot be written.
     """
     if request.generate:  # fail before the other measurements take minutes
-        require_questions(request.questions())
+        sources = Sources.find(request.pair)
+        config, _ = sources.configs()
+        tokenizer = sources.tokenizer()
+        check_prompts(tokenizer, request.questions(tokenizer), config, "target")
     models = TwoModels.load(request.pair)
     texts = _texts(request, models)
     weights = ModelSet(models.pair.config, {}, {}).fingerprint("target")
@@ -160,7 +169,7 @@ def locate(
     if request.generate and not stop.is_set():
         answers = answer(
             models,
-            request.questions(),
+            request.questions(models.pair.tokenizer),
             folder / "generated",
             fingerprint,
             request.config.statistics,
@@ -204,7 +213,8 @@ def _result(
 ) -> dict[str, Any]:
     """Return the contents of ``where.json``, without answers to benchmarks' questions."""
     statistics = request.config.statistics
-    answers = answer_starts(texts, models.pair.tokenizer)
+    family = None if request.data is None else request.data.family
+    answers = answer_starts(texts, models.pair.tokenizer, family)
     sections = summarise(measured, models.parts, texts, answers, statistics)
     settings = {
         **dataclasses.asdict(request.config),

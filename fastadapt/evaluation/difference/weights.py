@@ -55,7 +55,7 @@ def weight_changes(
     all weights of the part in the layer, ``W`` being the base's (in Gemma's norms with the 1 that
     they add), null if these are 0. ``matrices`` has, by name of the matrix, its own ``change`` and
     the ranks of ``ΔW``, null where nothing changed, or without ranks. A weight that is
-    shared counts once.
+    shared in both models counts once.
 
     Args:
         models: the two models.
@@ -108,17 +108,20 @@ def _relative(power: float, reference: float) -> float | None:
 def _weights(swaps: Sequence[Swap]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, the target's and the base's tensor of each weight of the modules ``swaps``.
 
-    Norms inside of attention are left out, since they are swaps of the part ``norms``.
+    Norms inside of attention are left out, since they are swaps of the part ``norms``. A weight
+    that only one model shares between two modules is compared in both.
     """
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for swap in swaps:
         for path, module in swap.base.named_modules():
             if swap.part == "attention" and type(module).__name__.endswith("RMSNorm"):
                 continue
             other = swap.target.get_submodule(path)
             for name, base in module.named_parameters(recurse=False):
-                if id(base) not in seen:
-                    seen.add(id(base))
+                weight = other if hasattr(other, "merged") else getattr(other, name)
+                key = (id(weight), id(base))
+                if key not in seen:
+                    seen.add(key)
                     parts = (swap.name.rpartition(".")[2], path, name)
                     yield ".".join(filter(None, parts)), _tensor(other, name), base
 

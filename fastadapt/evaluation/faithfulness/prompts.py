@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -16,6 +16,9 @@ from fastadapt.data.tokens import Encoder, Markers
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Mapped, read_yaml
 from fastadapt.io.names import has_file
+
+if TYPE_CHECKING:
+    from fastadapt.evaluation.models_under_test import ModelSet
 
 
 class Prompt(NamedTuple):
@@ -99,6 +102,18 @@ def held_out(run: Path) -> HeldOut | None:
         data.get("bad_rows", "stop"),
         data.get("markers", "tokens" if "train_on_prompt" in data else "text"),
     )
+
+
+def family_of(models: ModelSet) -> Spec | None:
+    """Return the chat format of the first run's data, not "auto"; None if not recorded.
+
+    Raises:
+        UserError: the run's configuration cannot be read, or "auto" stands for no format.
+    """
+    family, run = models.family, models.compared[models.runs[0]].run
+    if family is None and run is not None and (recorded := held_out(Path(run))) is not None:
+        family = recorded.family
+    return None if family is None else resolve(family, models.tokenizer)
 
 
 def load_prompts(

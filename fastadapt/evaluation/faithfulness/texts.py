@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from fastadapt.batch import Batch
 from fastadapt.data.batches import batch_by_length, collate_whole
-from fastadapt.data.rendered import END_THINK
+from fastadapt.data.rendered import TEXT_ONLY, Spec, find_reasoning
+from fastadapt.data.rendering import get_form
+from fastadapt.data.templates.auto_format import resolve
 from fastadapt.errors import UserError
 
 Region = Literal["prompt", "thinking", "answer"]
@@ -83,30 +87,36 @@ def batch_of(texts: Sequence[Text], indices: Sequence[int]) -> Batch:
     return collate_whole(texts[i].ids for i in indices)
 
 
-def answer_starts(texts: Sequence[Text], tokenizer: Any) -> list[int]:
-    """Return the index of the first token of each answer: the one after the first ``</think>``.
+def answer_starts(texts: Sequence[Text], tokenizer: Any, family: Spec | None) -> list[int]:
+    """Return the index of the first token of each answer.
 
-    The marker is searched for in the decoded text, because a tokenizer without a token for it may
-    merge its end with the following characters. For a response without the marker, the index is the
-    text's length.
+    The answer follows the reasoning (:func:`fastadapt.data.rendered.find_reasoning`), whose opening
+    marker may be the end of the prompt. A response without reasoning is all answer. For reasoning
+    without an end, the index is the text's length. Markers are searched for in the decoded text,
+    because a tokenizer without a token for a marker may merge its end with the following
+    characters.
+
+    Args:
+        texts: the texts.
+        tokenizer: tokenizer of the texts.
+        family: chat format, whose markers of reasoning are searched for; None: ``<think>`` and
+            ``</think>``.
     """
-    pieces: dict[int, str] = {}
-
-    def piece(token: int) -> str:
-        if token not in pieces:
-            pieces[token] = tokenizer.decode([token])
-        return pieces[token]
-
+    thinking = get_form(resolve(family or TEXT_ONLY, tokenizer)).thinking
+    tokens = {token for text in texts for token in text.ids}
+    decoded = {token: tokenizer.decode([token]) for token in tokens}
     starts = []
     for text in texts:
-        tail, start = "", len(text.ids)
-        for i in range(text.prompt_length, len(text.ids)):
-            tail += piece(text.ids[i])
-            if END_THINK in tail:
-                start = i + 1
-                break
-            tail = tail[-len(END_THINK) :]
-        starts.append(start)
+        pieces, n = [decoded[token] for token in text.ids], text.prompt_length
+        opening = thinking[0] if "".join(pieces[:n]).rstrip().endswith(thinking[0]) else ""
+        reasoning = find_reasoning(opening + "".join(pieces[n:]), thinking)
+        if reasoning is None:
+            starts.append(n)
+        elif reasoning.end == reasoning.after:
+            starts.append(len(text.ids))
+        else:
+            ends = list(accumulate(map(len, pieces[n:]), initial=len(opening)))
+            starts.append(n + bisect_left(ends, reasoning.after))
     return starts
 
 

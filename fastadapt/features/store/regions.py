@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadapt.data.rendered import Piece, Rendered
+from fastadapt.data.rendered import Piece, Rendered, find_reasoning
 from fastadapt.features.store.schema import REGIONS, TENTHS, Region
 
 THINKING = REGIONS.index("thinking")
@@ -24,11 +24,10 @@ class Span(NamedTuple):
 def spans_of(rendered: Rendered) -> list[Span]:
     """Divide a rendered text into consecutive spans; empty spans are left out.
 
-    The words of the user, of a system and of a tool are ``question``. If a response begins with
-    the marker of reasoning (``<think>``), thinking begins after it and a line break. Otherwise
-    thinking begins with the response if the closing marker follows. Thinking ends before the first
-    closing marker, or with the response. The remaining text is ``answer``, and so is the template's
-    text after the response. A text without turns is ``answer``.
+    The words of the user, of a system and of a tool are ``question``. A response is divided by
+    :func:`fastadapt.data.rendered.find_reasoning`; a line break after the opening marker belongs to
+    the marker. The text after the reasoning is ``answer``, and so is the template's text after the
+    response. A text without turns is ``answer``.
     """
     pieces = list(rendered.spans())
     spans: list[Span] = []
@@ -69,17 +68,12 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 def _response(text: str, start: int, thinking: tuple[str, str]) -> list[Span]:
     """Return the spans of a response that begins at character ``start`` of the whole text."""
-    opening, closing = thinking
-    blank = len(text) - len(text.lstrip())
-    opens = bool(opening) and text.startswith(opening, blank)
-    begin = blank + len(opening) if opens else 0
-    if opens and text.startswith("\n", begin):
+    reasoning = find_reasoning(text, thinking)
+    if reasoning is None:
+        return [Span("answer", start, start + len(text))]
+    begin, end, after = reasoning
+    if 0 < begin < end and text[begin] == "\n":
         begin += 1
-    close = text.find(closing, begin) if closing else -1
-    if close >= 0:
-        end, after = close, close + len(closing)
-    else:
-        end = after = len(text) if opens else 0
     return [
         Span("think start", start, start + begin),
         Span("thinking", start + begin, start + end),
