@@ -139,14 +139,10 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     typed_path(source, "model")  # a hub id also fits a path's length
     _check_no_file(source, "model")
     _check_format(Path(source))
-    if looks_local and not Path(source).is_dir():
-        raise UserError(
-            f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
-        )
+    _check_folder(source, "model")
     with reading("model", source):
         file = fetch(source, "config.json", revision)
         if file is not None:
@@ -197,6 +193,15 @@ def _check_no_file(source: str, role: str) -> None:
         )
 
 
+def _check_folder(source: str, what: str) -> None:
+    """Refuse a source that is written as a path, and is no folder."""
+    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).is_dir():
+        raise UserError(
+            f"{what} {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
+        )
+
+
 def _check_format(path: Path) -> None:
     """Raise ``UserError`` for weights that are not safetensors; say how to convert them."""
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
@@ -234,6 +239,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
 
     typed_path(source, "tokenizer")
     _check_no_file(source, "tokenizer")
+    _check_folder(source, "tokenizer of")
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UserError(

@@ -114,14 +114,35 @@ def against(name: str) -> Measure:
                     a, b = l0[name], l0[other]
                     if a and b:
                         text += f" at L0 {number(a)} and {number(b)}"
-                        # A larger KL with more features says more than the claim.
-                        more = a > b and holds.startswith("yes")
-                        if abs(a - b) > SAME_L0 * max(a, b) and not more:
-                            return Finding(text, f"{NOT_MEASURABLE}: L0 differs")
+                        if abs(a - b) > SAME_L0 * max(a, b):
+                            return _with_fewer_features(result, name, a, text)
                     return Finding(text, holds)
         return None
 
     return measure
+
+
+def _with_fewer_features(result: Result, name: str, l0: float, text: str) -> Finding:
+    """Compare a group with the densest adapter of at most its L0: at equal L0 that has a lower KL.
+
+    A group with a lower KL than that adapter shows nothing.
+    """
+    measured = result["faithfulness"]
+    others = [
+        model
+        for model in _models(result, "transcoder")
+        if not model["variant"] and model["l0"] and model["l0"] <= l0 and model["name"] in measured
+    ]
+    if not others:
+        return Finding(text, f"{NOT_MEASURABLE}: L0 differs")
+    sparser = max(others, key=lambda model: model["l0"])
+    ours, theirs = measured[name]["kl"], measured[sparser["name"]]["kl"]
+    text += (
+        f"; {name} {shown(ours)}, {sparser['name']} {shown(theirs)} at L0 {number(sparser['l0'])}"
+    )
+    if ours["mean"] <= theirs["mean"]:
+        return Finding(text, f"{NOT_MEASURABLE}: L0 differs")
+    return Finding(text, "yes, not clearly" if meet(ours, theirs) else "yes")
 
 
 def _negated(value: Interval) -> Interval:

@@ -288,7 +288,7 @@ def test_local_paths_are_stored_absolute(
     shutil.rmtree(moved_pair)
     outcome = fastadapt("eval", tmp_path / "run", *QUICK)
     assert outcome.code == 2
-    assert f"model '{moved_pair / 'target'}' cannot be loaded: no such folder" in outcome.err
+    assert f"'{moved_pair / 'target'}' cannot be loaded: no such folder" in outcome.err
 
 
 def test_the_tokenizer_may_come_from_elsewhere(

@@ -13,6 +13,7 @@ import pytest
 from results import synthetic_result
 
 from fastadapt.errors import UserError
+from fastadapt.reporting.formatting import number
 from reproduce.paper import evaluation as e
 from reproduce.paper import hesitation as h
 from reproduce.paper.__main__ import main
@@ -192,17 +193,29 @@ def test_differences_over_seeds_have_the_sign_of_the_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("l0", "expected"),
-    [(9.25, "yes"), (3.25, "not measurable: L0 differs"), (30.5, "yes")],  # wide has an L0 of 10
+    ("l0", "kl", "expected"),
+    [
+        (9.25, 0.5, "yes"),  # wide has an L0 of 10
+        (3.25, 0.5, "yes"),  # than thin with an L0 of 0.3
+        (3.25, 0.305, "yes, not clearly"),
+        (3.25, 0.2, "not measurable: L0 differs"),
+        (30.5, 0.5, "yes"),
+        (30.5, 0.2, "not measurable: L0 differs"),
+        (0.125, 0.5, "not measurable: L0 differs"),
+    ],
 )
-def test_a_larger_kl_at_a_smaller_l0_shows_nothing(l0: float, expected: str) -> None:
+def test_groups_of_another_l0_are_compared_with_an_adapter_of_fewer_features(
+    l0: float, kl: float, expected: str
+) -> None:
     result = evaluation()
     for group, value in zip(result["seeds"]["groups"], (10.0, l0), strict=True):
         group["l0"] = value
+    result["faithfulness"]["bare"]["kl"] = interval(kl)
     finding = e.against("bare")(result)
     assert finding is not None
     assert finding.verdict == expected
-    assert finding.value.endswith(f" nats at L0 {l0} and 10.0")
+    assert f" nats at L0 {number(l0)} and 10.0" in finding.value
+    assert ("; bare " in finding.value) == (l0 in (3.25, 30.5))
 
 
 def test_nothing_that_loops_is_not_measurable() -> None:
