@@ -158,7 +158,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "6.1",
-        "The two kinds of features need each other",
+        "The two kinds of features need each other: most of their effect arises only together",
         "hesitation alone 1.5, template alone 0.2, both 8.2 per 1,000 tokens",
         CONTRAST,
         "contrast",

@@ -59,7 +59,7 @@ def beyond_bias(result: Result) -> Finding | None:
 
 
 def interaction(result: Result) -> Finding | None:
-    """Both kinds of features together do more than each alone."""
+    """Most of what both kinds of features do, they do only together."""
     models = [_place(result, "only", (name,)) for name in ("both", "hesitation", "template")]
     if None in models:
         return None
@@ -75,13 +75,13 @@ def interaction(result: Result) -> Finding | None:
             value = each["interaction"]
             return Finding(
                 f"{text}; together beyond the sum {shown(value, percent)}",
-                verdict(value, 0.0, above=True),
+                verdict(value, both["mean"] / 2, above=True),
             )
     # Older files have no interval of the sum, so a clear verdict takes the worst of all ends.
-    if both["mean"] <= sum(part["mean"] for part in parts):
-        clear = both["high"] <= sum(part["low"] for part in parts)
+    if both["mean"] / 2 <= sum(part["mean"] for part in parts):
+        clear = both["high"] / 2 <= sum(part["low"] for part in parts)
         return Finding(text, "no" if clear else "no, not clearly")
-    clear = both["low"] > sum(part["high"] for part in parts)
+    clear = both["low"] / 2 > sum(part["high"] for part in parts)
     return Finding(text, "yes" if clear else "yes, not clearly")
 
 

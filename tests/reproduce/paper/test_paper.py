@@ -256,8 +256,8 @@ def places(**changes: float) -> dict[str, Any]:
         (h.cut("ablate", 0.15, random=True), "ablate both random", 0.5, "no"),
         (h.beyond_bias, "only both", -0.1, "no"),
         (h.interaction, "only hesitation", 0.6, "no"),
-        (h.interaction, "only hesitation", 0.49, "no, not clearly"),
-        (h.interaction, "only hesitation", 0.47, "yes, not clearly"),
+        (h.interaction, "only hesitation", 0.24, "no, not clearly"),
+        (h.interaction, "only hesitation", 0.225, "yes, not clearly"),
         (h.cut("onto-target", 0.0), "onto-target both", -0.1, "no"),
     ],
 )
@@ -268,7 +268,8 @@ def test_claims_about_places(measure: Any, key: str, value: float, refuted: str)
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0.3, "yes"), (0.001, "yes, not clearly"), (-0.3, "no")]
+    ("value", "expected"),
+    [(0.3, "yes"), (0.255, "yes, not clearly"), (0.245, "no, not clearly"), (0.01, "no")],
 )
 def test_the_interval_of_an_interaction_decides(value: float, expected: str) -> None:
     measured = {"set": "both", "parts": ["template", "hesitation"], "interaction": interval(value)}
