@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test docs notebooks coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test quick docs notebooks coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +42,11 @@ help:  ## this list
 train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a table, writes a report
 	$(BIN)/fastadapt train organism --overwrite
 
-test: lint  ## lint, type check, and the quick tests
+# Side by side: the type check has one process.
+test: $(VENV)/.dev  ## lint, type check, and the quick tests
+	$(MAKE) --jobs=2 lint quick
+
+quick: $(VENV)/.dev
 	$(PYTEST) -m "not slow" --durations=10
 
 docs: $(VENV)/docs  ## the site of the pages and docstrings, in build/site; warnings are errors
