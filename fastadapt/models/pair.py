@@ -34,7 +34,7 @@ class PairConfig:
         target_revision, base_revision: branch, tag or commit on the hub.
         tokenizer: a local folder or a hub id, if the target's own tokenizer is not to be used.
         dtype: dtype of the frozen weights and the adapters' working copies: ``float32``,
-            ``bfloat16``, ``float16`` or ``float64``.
+            ``bfloat16``, ``float64`` or, except for training, ``float16``.
         attention: ``auto``, or transformers' name of an attention implementation: letters, digits
             and ``_``. Kernel repositories of the hub are refused, since they contain code.
         device: ``auto`` (the GPU if available, else the CPU), or torch's name of a device.

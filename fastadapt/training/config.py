@@ -391,6 +391,23 @@ def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any,
     }
 
 
+def check_dtype(config: TrainConfig) -> None:
+    """Check that a training can run in ``pair.dtype``, at its start: old runs remain readable.
+
+    The gradient of the activation loss is proportional to 1 / (tokens * width * layers). At 1,000
+    tokens, width 896, 24 layers and errors of a tenth of the states, 99.9% of its entries round to
+    0 in float16.
+
+    Raises:
+        UserError: the dtype is float16.
+    """
+    if config.pair.dtype == "float16":
+        raise UserError(
+            "pair.dtype: expected bfloat16, float32 or float64 for training, got float16, in which "
+            "the gradients of long texts round to 0"
+        )
+
+
 def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
     """Refuse settings of transcoders in the configuration of a baseline."""
     for field in dataclasses.fields(AdapterConfig) if trains != "transcoder" else ():

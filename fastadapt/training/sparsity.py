@@ -141,9 +141,12 @@ class SparsityWeight:
 def _shares(optimizer: OptimizerConfig, steps: int) -> tuple[list[float], list[float]]:
     """Return each step's share of the summed learning rates, and the sum of those before it.
 
-    One more step, of share 0, stands for the end of the run.
+    One more step, of share 0, stands for the end of the run. Sums are limited to 1:
+    rounding takes the last ones above it for some numbers of steps, and :func:`path` would be
+    complex there.
     """
     rates = [learning_rate(step, steps, optimizer) for step in range(steps)]
     total = math.fsum(rates)
     shares = [rate / total for rate in rates]
-    return [*shares, 0.0], list(itertools.accumulate(shares, initial=0.0))
+    sums = itertools.accumulate(shares, initial=0.0)
+    return [*shares, 0.0], [min(1.0, spent) for spent in sums]

@@ -28,7 +28,7 @@ from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
-from fastadapt.training.config import TrainConfig, load_config
+from fastadapt.training.config import TrainConfig, check_dtype, load_config
 from fastadapt.training.logs.sinks import open_sinks
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.planning.devices import this_device
@@ -75,6 +75,7 @@ def train(
             loss of another rank.
     """
     started = time.monotonic()
+    check_dtype(config)
     sources = Sources.find(config.pair)
     sources.check_differ()
     config = dataclasses.replace(config, pair=sources.located())

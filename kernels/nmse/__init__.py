@@ -40,7 +40,9 @@ def nmse(
         token_nmse[b,t] = mean_i  (x_bti - target_bti)^2 / (mean_i  target_bti^2 + eps)
 
     Formula: arXiv 2602.20904, the activation loss of one layer. ``nmse`` is 0 for a sequence
-    without selected tokens. ``nmse`` is once differentiable in ``x``; ``target`` is a constant.
+    without selected tokens, or NaN (0 / 0) with ``eps=0``. It is once differentiable in ``x``;
+    ``target`` is a constant. The gradient has x's dtype and is of the order ``1 / (T D)``: in
+    float16, entries below 3e-8 round to 0.
 
     Args:
         x, target: [B,T,D] or [T,D], floating, of equal shape. Squares are summed in float32

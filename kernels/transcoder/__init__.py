@@ -211,8 +211,9 @@ def transcode(
     Without penalty, statistics and codes, a call of up to 64 tokens takes two launches on a GPU
     (three with ``topk``), and nothing can exceed a capacity. The result equals that of
     :func:`transcoder` up to rounding. The output of a token does not depend on other tokens of the
-    call, except by ``batch_topk`` with `k` and by the rounding of the encoder's product. If a
-    gradient is needed, :func:`transcoder` computes the result.
+    call, except by ``batch_topk`` with `k` and by rounding: of the encoder's product and, without
+    `dense`, of the decoder, since the number of active entries of the call chooses between a
+    product and sums over codes. If a gradient is needed, :func:`transcoder` computes the result.
 
     Args:
         x, W_enc, b_enc, W_dec, b_dec, activation, k, threshold, bandwidth, residual, padding: as

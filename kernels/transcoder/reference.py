@@ -29,7 +29,8 @@ class TranscoderStats(NamedTuple):
     n_tokens: Tensor  #: int64, 0-d: tokens counted.
     #: fp32, 0-d: smallest active value of a row of x, averaged over rows with active values. For
     #: batch_topk, whose inference threshold follows this value. NaN without active values and for
-    #: other activations.
+    #: other activations. If a row has an active NaN, NaN; the Triton kernels leave NaN out instead,
+    #: and give infinity for a row of nothing else.
     min_active: Tensor
     #: int64, 0-d: codes of all tokens without padding, weight 0 included: active entries and, for
     #: jumprelu, entries in its window. A plan needs at least this capacity.

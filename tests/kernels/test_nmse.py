@@ -266,6 +266,23 @@ def test_eps_bounds_a_zero_target_and_an_equal_stream_gives_zero(
     _, target, _ = example(torch.bfloat16, device)
     assert not nmse(target, target, implementation=implementation).token_nmse.any()
     assert nmse(zero, zero, eps=0.0, implementation=implementation).nmse.isnan().all()
+    none = torch.zeros(1, 2, dtype=torch.bool, device=device)
+    output = nmse(zero, zero + 1, mask=none, eps=0.0, implementation=implementation)
+    assert output.nmse.isnan().all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_gradients_of_many_tokens_round_to_0_in_float16(implementation: str) -> None:
+    """Hence training refuses float16; here with the mean over 25 streams of a model."""
+    target = torch.randn(1, 1000, 896)
+    x = target + 0.1 * torch.randn_like(target)
+    share = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        leaf = x.to(dtype).requires_grad_()
+        loss = nmse(leaf, target.to(dtype), implementation=implementation).nmse.mean() / 25
+        (grad,) = torch.autograd.grad(loss, leaf)
+        share[dtype] = float((grad != 0).double().mean())
+    assert share[torch.float16] < 0.01 < 0.9 < share[torch.bfloat16]
 
 
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)

@@ -234,6 +234,23 @@ def test_a_token_depends_on_no_other(implementation: str, activation: str) -> No
     assert not torch.equal(first[:4], other[:4])
 
 
+@pytest.mark.parametrize("dense", [None, False, True])
+def test_other_tokens_change_rounding_at_most(dense: bool | None) -> None:
+    """Alone, a token of few active features has codes; beside dense tokens, a dense product.
+
+    All products of the encoder are exact.
+    """
+    D, E, F = 64, 48, 512
+    x, W_enc = ((2 * torch.randn(n, D)).round() / 2 for n in (1, F))
+    W_enc[::2] = W_enc[::2].abs()
+    weights = W_enc, torch.full((F,), -9.0), torch.randn(F, E), torch.zeros(E)
+    beside = torch.cat([x, torch.full((7, D), 4.0)])
+    alone, among = (transcode(x, *weights, dense=dense)[0] for x in (x, beside))
+    torch.testing.assert_close(alone, among)
+    if dense is False:
+        assert torch.equal(alone, among)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_dtypes_of_the_threshold(implementation: str, dtype: torch.dtype) -> None:

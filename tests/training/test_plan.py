@@ -186,6 +186,17 @@ def test_a_missing_model_is_refused(
         plan(tiny_config(**{"pair.base": str(tmp_path / "nowhere")}))
 
 
+def test_float16_is_refused_where_a_run_would_start(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """The configuration itself remains valid, so that old runs can be read."""
+    config = tiny_config(**{"pair.dtype": "float16"})
+    for start in (plan, trainer.train):
+        with pytest.raises(UserError, match=r"pair\.dtype: .* for training, got float16"):
+            start(config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_measured_step_of_a_7b_models_width(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -95,6 +95,15 @@ def test_steering_follows_the_formula() -> None:
     assert max(weights) > 10 * 0.02 > 0.002 > min(weights)
 
 
+@pytest.mark.parametrize("steps", [9, 1000, 6250, 50_000])
+def test_the_weight_after_the_last_step_follows_the_formula(steps: int) -> None:
+    """For these numbers of steps, the rounded shares of all steps sum to more than 1."""
+    steered = SparsityWeight(ObjectiveConfig(l0=4.0, sparsity=0.02), OptimizerConfig(), steps)
+    steered.applied(0, [6.0], 50)
+    error = math.log(6 / (4 + 60 * math.exp(-20)))
+    assert steered.value(steps) == pytest.approx(0.02 * math.exp(2 * error), rel=1e-9)
+
+
 def test_without_gains_the_sparsity_stays() -> None:
     config = ObjectiveConfig(l0=4.0, sparsity=0.02)
     steered = SparsityWeight(config, OptimizerConfig(), 10, proportional=0.0, integral=0.0)

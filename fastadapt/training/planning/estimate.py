@@ -18,7 +18,7 @@ from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.sources.pair_sources import Sources, planned_config
 from fastadapt.organism import resolve
-from fastadapt.training.config import TrainConfig
+from fastadapt.training.config import TrainConfig, check_dtype
 from fastadapt.training.planning.devices import Device, planned_device
 from fastadapt.training.planning.flops import Setup, flops_per_step
 from fastadapt.training.planning.memory import step_memory
@@ -139,9 +139,10 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         gpus: number of GPUs that share the run.
 
     Raises:
-        UserError: a model's configuration cannot be read, the two models are not a pair, or the
-            batches of a step cannot be divided among ``gpus``.
+        UserError: a model's configuration cannot be read, the two models are not a pair, no run
+            can train in ``pair.dtype``, or the batches of a step cannot be divided among ``gpus``.
     """
+    check_dtype(config)
     accumulation = config.optimizer.accumulation
     if gpus < 1 or (gpus > 1 and accumulation % gpus):
         raise UserError(
