@@ -235,8 +235,8 @@ class StepBench:
 
     def _attention_ops(self, policy: str) -> list[str]:
         """Return the names of torch's attention ops of a short step."""
-        T = min(128, self.sizes.lengths[0])
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        T, activity = min(128, self.sizes.lengths[0]), torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity], acc_events=True) as recorded:
             self._step(T, policy)(self._ids(T), 1)
         return sorted({event.key for event in recorded.key_averages()} & ATTENTION_OPS)
 
