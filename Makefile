@@ -30,6 +30,7 @@ REPRODUCED := bias norms-scaled norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7
 
 # The densest adapter of the sweep: the one that reasons best has most to show when it is changed.
 STUDIED := sparsity-4.3e-3
+OF_STUDIED := $(foreach name,contrast study,runs/reproduce/$(STUDIED)/$(name)/$(name).json)
 
 # An environment from outside must not reach into this one.
 unexport PYTHONPATH
@@ -64,7 +65,7 @@ coverage: lint  ## the quick tests with coverage, which must reach the bound in 
 reproduce: $(VENV)/.eval  ## train and compare 21 runs on the embedded pair: tables, plots, claims; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce
 	$(BIN)/fastadapt eval $(REPRODUCED:%=runs/reproduce/%) --benchmarks.few_shot 4
-	$(BIN)/python -m reproduce.paper runs/reproduce --out runs/reproduce/paper.md
+	$(BIN)/python -m reproduce.paper runs/reproduce/eval $(dir $(wildcard $(OF_STUDIED))) --out runs/reproduce/paper.md
 
 study: $(VENV)/.eval  ## switch features of one of these runs, and see what they do: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)

@@ -15,7 +15,7 @@ from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import UserError
 from fastadapt.evaluation.comparison import Comparison, EvalConfig
 from fastadapt.evaluation.folder import PARTS, Part, opened, tables_of
-from fastadapt.io.names import typed_path
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig
 
 #: Settings of a component that the evaluation sets itself.
@@ -99,7 +99,8 @@ def study(
 ) -> int:
     """Remove, add and transfer a run's features of hesitation and of the template, beside random
     sets and the adapter's bias alone, and measure what they do on benchmarks: tables, plots and a
-    page. Features are collected if the run has none. The same command, without --overwrite,
+    page. Features are collected if the run has none; those that it has are used, whatever the
+    settings of their collection. The same command, without --overwrite,
     resumes an unfinished study.
 
     Args:
@@ -112,6 +113,7 @@ def study(
     from fastadapt.adapter.files import adapters_of
     from fastadapt.evaluation.models_under_test import ModelSet
     from fastadapt.features.collect import collect
+    from fastadapt.features.store.schema import MANIFEST
     from fastadapt.features.store.store import Store, adapter_digest
     from fastadapt.study.report import tables
     from fastadapt.study.running import CONTENTS, Study
@@ -122,14 +124,15 @@ def study(
     folder = typed_path(output, "--output") if output else typed_path(run, "run") / "study"
     result, is_overwritten = None, False
     with stoppable() as (stop, progress):
-        collect(
-            run,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=partial(progress, "texts collected"),
-            stop=stop,
-        )
+        if not has_file(typed_path(run, "run") / "features" / MANIFEST):
+            collect(
+                run,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=partial(progress, "texts collected"),
+                stop=stop,
+            )
         if not stop.is_set():
             store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
             students = ModelSet.open(

@@ -152,12 +152,15 @@ def contrast(
     words = tokens_of(strings, config.words)
     texts = _texts(run, config.n, responses)
     ids = [i for each in (*(text.ids for text in texts), *words.values()) for i in each]
+    scales, obstacle = config.scales, run.models.compared[RUN].transfer_obstacle
+    if config.features and scales and obstacle is not None:
+        scales, run.models.notes["onto-target"] = (), obstacle
     arms = arms_of(
         run,
         config.features,
         base=run.models.reads_base(ids),
         factors=config.factors,
-        scales=config.scales,
+        scales=scales,
         draws=config.draws,
     )
     source = _source(run, responses) if config.places == "auto" else config.places

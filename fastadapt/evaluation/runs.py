@@ -82,6 +82,16 @@ class ComparedModel:
         return "no-bridge" if self.bridge == 0 else ""
 
     @property
+    def transfer_obstacle(self) -> str | None:
+        """Why features of the run cannot be added to the target; None if they can."""
+        if not self.whole_mlp:
+            return None
+        return (
+            "No features are added to the target: these transcoders compute the whole output of an "
+            "MLP (adapter.base_mlp is false)."
+        )
+
+    @property
     def _is_dense(self) -> bool:
         """Whether neither a penalty nor an activation makes the transcoders sparse."""
         return self.sparsity == 0 and self.k is None

@@ -35,6 +35,7 @@ from torch import Tensor
 from fastadapt.errors import UserError
 
 _ENTRIES = 1 << 24  # largest size of the [R, n] matrix of draws per resample and unit
+_ROUNDING = 1e-12  # bound of rounding errors, as a share of the root of a sum of squares
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,14 @@ def ratio(
     shape, (x, c) = x.shape[:-1], (x.reshape(-1, x.shape[-1]), c.reshape(-1, x.shape[-1]))
     units = (c != 0).sum(1)
     moments = torch.stack([x, c, x * x, x * c, c * c])
-    mean, error = _studentised(moments.sum(-1), units)
+    sums = moments.sum(-1)
+    # Centring leaves rounding errors in entries that are 0 without it. A resample of such entries
+    # alone has no others to compare them with, so they are compared with those of the sample.
+    noise = _ROUNDING**2 * (sums[2] + (sums[0] / sums[1]) ** 2 * sums[4])
+    mean, error = _studentised(sums, units, noise)
     t = torch.cat(
         [
-            _t_statistic(_studentised(drawn, units), mean)
+            _t_statistic(drawn, _studentised(drawn, units, noise), mean, noise)
             for drawn in _resampled(moments, config.resamples, config.seed)
         ]
     )
@@ -301,25 +306,29 @@ def _resampled(moments: Tensor, resamples: int, seed: int) -> list[Tensor]:
     return drawn
 
 
-def _studentised(moments: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+def _studentised(moments: Tensor, units: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return a ratio of sums and its linearised standard error, from sums of x, c, x², xc, c².
 
-    ``se² = m/(m-1) Σ (x - r c)² / (Σ c)²`` for m units of non-zero count (Cochran 1977, 6.4).
+    ``se² = m/(m-1) Σ (x - r c)² / (Σ c)²`` for m units of non-zero count (Cochran 1977, 6.4); 0 if
+    the sum of squares is at most ``noise``.
     """
     x, c, xx, xc, cc = moments
     r = x / c
     squares = xx - 2 * r * xc + r * r * cc
     # Where all units have the same ratio the terms cancel, and only rounding errors remain.
-    squares = torch.where(squares > 1e-12 * (xx + r * r * cc), squares, 0)
+    squares = torch.where(squares > noise + 1e-12 * (xx + r * r * cc), squares, 0)
     return r, (squares * units / (units - 1)).sqrt() / c.abs()
 
 
-def _t_statistic(resampled: tuple[Tensor, Tensor], mean: Tensor) -> Tensor:
+def _t_statistic(
+    moments: Tensor, resampled: tuple[Tensor, Tensor], mean: Tensor, noise: Tensor
+) -> Tensor:
+    x, c = moments[:2]
     r, error = resampled
-    t = (r - mean) / error
     # A resample without spread that equals the estimate gives 0/0: its t is 0. One without a count
     # stays NaN and is left out of the quantiles.
-    return torch.where(t.isnan() & r.isfinite() & (r == mean), 0.0, t)
+    is_equal = (error == 0) & ((x - mean * c).abs() <= noise.sqrt())
+    return torch.where(is_equal, 0.0, (r - mean) / error)
 
 
 def _quantiles(t: Tensor, probabilities: Tensor) -> Tensor:

@@ -154,12 +154,22 @@ def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
     return {key: replace(s & living, name=s.name).not_empty() for key, s in sets.items()}
 
 
-def arms_of(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> list[Arm]:
-    """Return all arms, the unchanged models first, then the hybrid with ``b_dec`` alone."""
+def arms_of(
+    store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig, *, transfer: bool = True
+) -> list[Arm]:
+    """Return all arms, the unchanged models first, then the hybrid with ``b_dec`` alone.
+
+    Args:
+        store: the store of the run's features.
+        sets: the selected sets, see :func:`select`.
+        config: settings of the study.
+        transfer: whether features are added to the target, too.
+    """
     nothing = replace(next(iter(sets.values())), features=(), expression="no feature", name="")
     unchanged = [Arm(model) for model in ("target", "hybrid", RUN)]
     bias = Arm(RUN, "only", BIAS, features=nothing)
-    return [*unchanged, bias, *_changed(store, sets, config)]
+    changed = _changed(store, sets, config)
+    return [*unchanged, bias, *(a for a in changed if transfer or a.kind != "onto-target")]
 
 
 def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> Iterator[Arm]:

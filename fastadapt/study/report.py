@@ -119,7 +119,7 @@ def _selected(result: Mapping[str, Any], arm: Arm) -> Arm:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of removal, addition and transfer."""
+    """Return the tables of removal, addition and, if measured, transfer."""
     benchmarks = result["settings"]["benchmarks"]
     tasks = f"{len(benchmarks['tasks'])} benchmarks of equal weight"
     words = ", ".join(benchmarks["counted_words"])
@@ -136,6 +136,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         "pool all draws; intervals do not cover the choice of a draw, so the hesitation of each "
         "draw is listed."
     )
+    common = " ".join([common, *result.get("notes", ())])
     head = ["features", "hesitation / 1,000 tokens", "by word", "hesitation by draw"]
     tail = ["tokens", "accuracy", "expected", "holds"]
     reduction = "Reduction: relative decrease of hesitation; negative values are increases."
@@ -170,16 +171,16 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             "hesitation to the random set's; no value if the random set has no hesitation. "
             f"{expected}",
         ),
-        Table(
-            "Transfer to the target",
-            ["transferred", *head, "reduction", *tail],
-            [
-                _row(result, _unchanged(result, "target"), "none"),
-                *_rows(result, "onto-target", percent),
-            ],
-            f"{common} {reduction} {expected}",
-        ),
     ]
+    if transferred := _rows(result, "onto-target", percent):
+        changes.append(
+            Table(
+                "Transfer to the target",
+                ["transferred", *head, "reduction", *tail],
+                [_row(result, _unchanged(result, "target"), "none"), *transferred],
+                f"{common} {reduction} {expected}",
+            )
+        )
     return [*changes, *_by_benchmark(result)]
 
 
@@ -273,12 +274,12 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """Return the figures of removal, addition and transfer."""
+    """Return the figures of removal, addition and, if measured, transfer."""
     levels = {name: _level(result, name) for name in ("target", "hybrid", "adapter")}
     bias = _series("b_dec alone", "bias", [], [_bias(result)])
     unit = ", ".join(result["settings"]["benchmarks"]["counted_words"]) + " per 1,000 tokens"
     label = "features, of " + number(result["features"]["total"])
-    return [
+    shown = [
         Figure(
             "removal",
             "Features removed from the replacement model",
@@ -297,14 +298,13 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
             x_log=True,
             mark="points",
         ),
-        Figure(
-            "transfer",
-            "Features transferred to the target",
-            "scale",
-            unit,
-            [*_by_scale(result), levels["target"]],
-        ),
     ]
+    if by_scale := _by_scale(result):
+        title = "Features transferred to the target"
+        shown.append(
+            Figure("transfer", title, "scale", unit, [*by_scale, levels["target"]]),
+        )
+    return shown
 
 
 def _level(result: Mapping[str, Any], model: str) -> Series:

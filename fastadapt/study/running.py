@@ -60,20 +60,23 @@ class Cost:
         measured: number of arms whose responses are complete.
         responses: responses of the other arms that are not graded yet.
         max_new_tokens: largest number of tokens of a response.
+        note: which arms are left out, and why; empty if none is.
     """
 
     arms: int
     measured: int
     responses: int
     max_new_tokens: int
+    note: str = ""
 
     @property
     def words(self) -> str:
         """The cost in words."""
-        return (
+        words = (
             f"{self.arms} arms, {self.measured} of them measured; {self.responses:,} responses to "
             f"sample, each of at most {self.max_new_tokens:,} tokens."
         )
+        return f"{words}\n{self.note}" if self.note else words
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Study:
         """
         benchmarks = self._benchmarks()
         keys = response_keys(benchmarks)
-        arms = arms_of(self.store, select(self.store, self.config), self.config)
+        arms = self._arms(select(self.store, self.config))
         missing = [
             sum(
                 len(required - _graded(folder / f"{task}.rows.jsonl"))
@@ -114,7 +117,8 @@ class Study:
             for folder in (self._folder(arm, benchmarks) for arm in arms)
         ]
         max_new_tokens = self.config.sampling.max_new_tokens
-        return Cost(len(arms), missing.count(0), sum(missing), max_new_tokens)
+        note = self.students.compared[RUN].transfer_obstacle or ""
+        return Cost(len(arms), missing.count(0), sum(missing), max_new_tokens, note)
 
     def run(self) -> dict[str, Any] | None:
         """Run the benchmarks of missing arms; write ``study.json``, tables, plots and page.
@@ -128,7 +132,7 @@ class Study:
         benchmarks = self._benchmarks()
         response_keys(benchmarks)  # fails before the first arm if questions are missing
         sets = select(self.store, self.config)
-        arms = arms_of(self.store, sets, self.config)
+        arms = self._arms(sets)
         results: dict[tuple[Any, ...], list[dict[str, BenchmarkResult]]] = {}
         for number, arm in enumerate(arms):
             label = f"{number + 1} of {len(arms)}, {arm.name}"
@@ -141,6 +145,10 @@ class Study:
         result["claims"] = claims(result)
         present(result, tables(result), figures(result), self.folder, "study", "study.json")
         return result
+
+    def _arms(self, sets: Mapping[str, FeatureSet]) -> list[Arm]:
+        transfer = self.students.compared[RUN].transfer_obstacle is None
+        return arms_of(self.store, sets, self.config, transfer=transfer)
 
     def _benchmarks(self) -> BenchmarkConfig:
         return complete_config(self.students, self.config.benchmarks, self.config.sampling)
@@ -257,6 +265,7 @@ class Study:
         self, sets: Mapping[str, FeatureSet], benchmarks: BenchmarkConfig
     ) -> dict[str, Any]:
         """Return the settings, the sets and the versions."""
+        obstacle = self.students.compared[RUN].transfer_obstacle
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.students.config.named,
@@ -266,6 +275,7 @@ class Study:
                 "benchmarks": dataclasses.asdict(benchmarks),
             },
             "level": self.config.statistics.level,
+            "notes": [] if obstacle is None else [obstacle],
             "features": {
                 "adapter": self.store.manifest["adapter"],
                 "total": self.store.shape("adapter")[0] * self.store.shape("adapter")[1],

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
         nargs="*",
         type=Path,
         metavar="FOLDER",
-        help="folders with eval.json, contrast.json or study.json inside; without, nothing was run",
+        help="folders with eval.json, contrast.json, study.json or shares.json, or a run with "
+        "eval/eval.json and so on; without, nothing was run",
     )
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     options = parser.parse_args(argv)

@@ -89,7 +89,7 @@ def interaction(result: Result) -> Finding | None:
 
 
 def _arms(result: Result, kind: str | None, times: int = 0, part: str = "") -> Iterator[Any]:
-    """Yield the arms of an intervention on the main selection, or on one kind of features."""
+    """Yield the arms of an intervention on the main selection, or on another set."""
     selection = part or result["sets"][0]["key"]
     for arm in result["arms"]:
         same = (arm["kind"], arm["times"]) == (kind, times)
@@ -97,15 +97,22 @@ def _arms(result: Result, kind: str | None, times: int = 0, part: str = "") -> I
             yield arm
 
 
-def removed(times: int) -> Measure:
-    """Return a measure: how far hesitation falls without the set, or random features."""
+#: Key of the selection by the ten most promoted tokens, the paper's.
+TEN = "top10"
+
+
+def removed(times: int, selection: str = "") -> Measure:
+    """Return a measure: how far hesitation falls without a set, or random features.
+
+    The set is the main one, or that of another selection.
+    """
 
     def measure(result: Result) -> Finding | None:
+        key = selection or result["sets"][0]["key"]
         claims = [
             claim
             for claim in result["claims"]
-            if (claim["kind"], claim["selection"], claim["times"])
-            == ("ablate", result["sets"][0]["key"], times)
+            if (claim["kind"], claim["selection"], claim["times"]) == ("ablate", key, times)
         ]
         if not claims:
             return None
@@ -114,9 +121,9 @@ def removed(times: int) -> Measure:
     return measure
 
 
-def unharmed(result: Result) -> Finding | None:
-    """Accuracy is unchanged without the set."""
-    arm = next(_arms(result, "ablate"), None)
+def unharmed(result: Result, selection: str = "") -> Finding | None:
+    """Accuracy is unchanged without the main set, or that of another selection."""
+    arm = next(_arms(result, "ablate", part=selection), None)
     whole = next((a for a in _arms(result, None) if a["model"] == "adapter"), None)
     if arm is None or whole is None:
         return None

@@ -15,16 +15,17 @@ from fastadapt.evaluation.result_schema import (
     check_sections,
 )
 from fastadapt.io.documents import check, read_json
+from fastadapt.io.names import has_file
 from fastadapt.reporting.tables import Table, as_markdown
-from reproduce.paper.claims import CLAIMS, FULL, Claim, Source
+from reproduce.paper.claims import CLAIMS, FULL, NOT_RUN, Claim, Source
 
 _NAMES: Mapping[Source, str] = {
     "eval": "eval.json",
     "contrast": "contrast.json",
     "study": "study.json",
+    "shares": "shares.json",
 }
 _PARTS = {"faithfulness": OutputsPart, "partial": PartialPart, "benchmarks": BenchmarksPart}
-NOT_RUN = "not run"
 
 _HEAD = """# The paper's claims
 
@@ -36,13 +37,19 @@ Holds: `yes` or `no` by the estimate, `not clearly` if the interval contains the
 claims of equality if the intervals meet; `needs full scale` for what the embedded pair cannot show.
 Intervals are 95%, over texts or questions, and over training seeds where a row compares groups of
 runs ([evaluation](evaluation.md)). RUN is a run of the embedded pair with three sets of features:
-`hesitation` and `template`, selected by the options of these names, and `both`, their union.
+`hesitation` of `fastadapt features select RUN --hesitation --top 1 --alive`, `template` of
+`--template --alive`, and `both`, their union. So a feature of hesitation promotes a word of
+hesitation most. The default of the option, and the paper's criterion, is a word among the ten most
+promoted tokens; rows about the paper's selection say so.
 
 """
 
 
 def find(folders: Sequence[Path]) -> dict[Source, Path]:
-    """Return the file of each kind inside the folders.
+    """Return the file of each kind in the folders, or where the commands write it by default.
+
+    A file of an evaluation is FOLDER/eval.json or FOLDER/eval/eval.json, and so for the others.
+    Runs inside a folder have files of their own, which do not count.
 
     Raises:
         UserError: a folder does not exist, holds no such file, or there are several of a kind.
@@ -51,7 +58,10 @@ def find(folders: Sequence[Path]) -> dict[Source, Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: expected a folder with results, got none")
-        inside = {source: sorted(folder.rglob(name)) for source, name in _NAMES.items()}
+        inside = {
+            source: [path for path in (folder / name, folder / source / name) if has_file(path)]
+            for source, name in _NAMES.items()
+        }
         if not any(inside.values()):
             raise UserError(f"{folder}: expected one of {', '.join(_NAMES.values())}, got none")
         for source, paths in inside.items():
@@ -107,7 +117,7 @@ def page(results: Mapping[Source, Mapping[str, Any]], names: Mapping[Source, str
 def _row(claim: Claim, results: Mapping[Source, Mapping[str, Any]]) -> list[str]:
     value, holds = NOT_RUN, FULL
     if claim.source is not None:
-        holds = "–"
+        value, holds = claim.without, "–"
         if claim.source in results and claim.measure is not None:
             finding = claim.measure(results[claim.source])
             value, holds = finding if finding is not None else (NOT_RUN, "–")

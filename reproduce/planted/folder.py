@@ -26,7 +26,7 @@ from reproduce import parts
 from reproduce.parts import SETTINGS, TABLES
 from reproduce.planted.differences import Planted
 from reproduce.planted.measure import Measured, rules
-from reproduce.planted.organisms import SIZES, Role
+from reproduce.planted.organisms import SIZES, Role, adapter_settings
 
 RESULT = "planted.json"
 
@@ -56,9 +56,9 @@ class Part(parts.Part):
 def settings_of(size: str) -> dict[str, Any]:
     """Return what a folder's parts depend on.
 
-    ``training`` has the sizes, the fingerprint of the base, and the SHA-256 of some planted texts
-    with their places: parts of others are not mixed. ``measuring`` has that of the rules of
-    measuring: parts of others are measured again.
+    ``training`` has the sizes, the fingerprint of the base, and SHA-256 of the settings of the
+    adapters, and of some planted texts with their places: parts of others are not mixed.
+    ``measuring`` has that of the rules of measuring: parts of others are measured again.
     """
     texts = [(text.words, text.planted) for text in islice(Planted.draw(0).texts("settings"), 100)]
     return {
@@ -67,6 +67,7 @@ def settings_of(size: str) -> dict[str, Any]:
             **asdict(SIZES[size]),
             "loss": "response",
             "base": fingerprint(str(NAMES["organism/base"]), None),
+            "adapters": adapter_settings(SIZES[size]),
             "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
         },
         "measuring": rules(),
@@ -90,8 +91,9 @@ def open_folder(folder: Path, size: str, *, is_new: bool = True) -> None:
         Workspace(folder, "--out", "writing to", files, marker=SETTINGS),
         settings_of(size),
         is_part=lambda name: name.removeprefix("seed").isdecimal(),
-        clash="holds a benchmark of another size, base or way of training, or of other planted "
-        "texts; give the same --size, or a new folder",
+        clash="holds a benchmark of another size, base or way of training, of other planted texts, "
+        "or of a version that did not record the settings of its adapters; give the same --size, "
+        "or a new folder",
         is_new=is_new,
     )
 

@@ -6,6 +6,7 @@ adapters are trained and judged at the planted places too, where its target has 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from fastadapt.io.atomic import disk_errors, replacing, writing_folder
 from fastadapt.io.names import has_file
 from fastadapt.organism import NAMES
 from fastadapt.training import run_dir
-from fastadapt.training.config import TrainConfig, from_dict, load_config, save_config
+from fastadapt.training.config import TrainConfig, from_dict, load_config, save_config, to_dict
 from fastadapt.training.trainer import train
 from reproduce.organism.problems import problem_stream
 from reproduce.organism.recipe import CONFIGS, PhaseConfig, base_text, batches, save, train_phase
@@ -223,6 +224,16 @@ def adapter_config(folder: Path, size: Size, seed: int) -> TrainConfig:
     }
     config: TrainConfig = from_dict(values)
     return config
+
+
+def adapter_settings(size: Size) -> str:
+    """Return the SHA-256 of all settings of the adapters but paths, models, texts and the run's."""
+    values = to_dict(adapter_config(Path(), size, seed=0))
+    del values["run"]
+    for section, names in (("pair", ("target", "base")), ("data", ("train", "validation"))):
+        for name in names:
+            del values[section][name]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer() -> Any:

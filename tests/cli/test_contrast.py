@@ -91,6 +91,21 @@ def test_slips_are_contrasted_with_right_steps(
     assert read_json(run / "contrast") == result
 
 
+def test_features_of_whole_mlps_are_not_added_to_the_target(
+    run: Path, fastadapt: Callable[..., Any]
+) -> None:
+    """All other models are read, before and after."""
+    card = run / "adapter" / "fastadapt.json"
+    values = json.loads(card.read_text())
+    values["adapter"]["base_mlp"] = values["additive"] = False
+    card.write_text(json.dumps(values))
+    outcome = fastadapt("contrast", run, "--features", "0/5", "--draws", 0, *FEW)
+    assert outcome.code == 0, outcome.err
+    assert "No features are added to the target: " in outcome.out
+    names = [model["name"] for model in read_json(run / "contrast")["models"]]
+    assert names[-2:] == ["ablate 0/5", "only 0/5"]
+
+
 def test_a_union_is_compared_with_its_parts(run: Path, fastadapt: Callable[..., Any]) -> None:
     sets = ("0/5,2/9", "0/5", "2/9", "1/3")
     outcome = fastadapt("contrast", run, "--features", *sets, "--draws", 0, "--scales", -1, *FEW)

@@ -276,6 +276,40 @@ def test_strata_are_fixed() -> None:
     assert (within.high - within.low).mean() < 0.9 * (pooled.high - pooled.low).mean()
 
 
+@pytest.mark.parametrize("sizes", [(29, 29), (57, 57, 57), (26, 26, 26)])
+def test_rare_events_have_no_absurd_ends_in_strata(sizes: tuple[int, ...]) -> None:
+    """Rounding errors of centring are no spread, by which a distance is divided."""
+    strata = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    weight = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in sizes])
+    places = zip(sizes, (20, 4, 9), strict=False)  # of the only unit with events in a stratum
+    hits = torch.cat([torch.arange(n) == place for n, place in places])
+    for sign in (1, -1):
+        got = ratio(sign * hits * weight, weight, strata=strata)
+        assert (got.high if sign > 0 else got.low).item() == sign * math.inf
+        for one, other in zip(got, ratio(sign * hits * weight, weight), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_share_of_rare_gains_has_no_absurd_ends() -> None:
+    floor = torch.zeros(258, dtype=torch.float64)
+    floor[[3, 50, 200]] = 1
+    ceiling = torch.zeros(258, dtype=torch.float64)
+    ceiling[:205] = 1
+    one = torch.zeros(258, dtype=torch.int64)
+    share = recovered(torch.zeros(258), floor, ceiling, strata=one)
+    assert share.low.item() == -math.inf
+    torch.testing.assert_close(share.high, recovered(torch.zeros(258), floor, ceiling).high)
+
+
+def test_resamples_that_equal_the_estimate_up_to_rounding_are_at_it() -> None:
+    """Most units have the ratio of all: without the two others there is neither spread nor gap."""
+    x = torch.full((40,), 0.1, dtype=torch.float64)
+    x[0], x[1] = 0.0, 0.2
+    got = ratio(x, torch.ones(40))
+    assert got.low.isfinite()
+    assert got.high.isfinite()
+
+
 @pytest.mark.parametrize("correlation", [-0.9, -0.5, 0.0, 0.5])
 def test_paired_differences_cover_however_the_pairs_vary(correlation: float) -> None:
     draw = torch.Generator().manual_seed(1)

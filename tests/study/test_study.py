@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -56,11 +55,14 @@ SMALL = StudyConfig(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of the embedded pair with small random adapters, and with a feature store."""
-    folder = tmp_path_factory.mktemp("study") / "run"
+    return make_run(tmp_path_factory.mktemp("study") / "run", AdapterConfig(64))
+
+
+def make_run(folder: Path, config: AdapterConfig) -> Path:
     folder.mkdir()
     names: dict[str, Any] = {k: resolve(v) for k, v in NAMES.items()}
     pair = ModelPair.load(PairConfig(**names, device="cpu"))
-    model = ReplacementModel.create(pair, AdapterConfig(64))
+    model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         adapter: Any
@@ -144,8 +146,6 @@ def test_a_stopped_study_prints_how_to_resume(
 ) -> None:
     ignored = None if collected else shutil.ignore_patterns("features")
     copy = shutil.copytree(run, tmp_path / "run", ignore=ignored)
-    few = partial(collect, config=CollectConfig(n=40))
-    monkeypatch.setattr("fastadapt.features.collect.collect", few)
     monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["study", str(copy), "--overwrite"]) == 0
     # An earlier study is overwritten only after features are collected.
@@ -153,11 +153,8 @@ def test_a_stopped_study_prints_how_to_resume(
     assert f"Re-run the same command{option} to resume." in capsys.readouterr().out
 
 
-def test_the_cost_is_said_first(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    few = partial(collect, config=CollectConfig(n=40))
-    monkeypatch.setattr("fastadapt.features.collect.collect", few)
+def test_the_cost_is_said_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store was collected with other settings than the defaults."""
     command = ["study", str(run), "--dry-run", "--benchmarks.repetitions", "2"]
     assert main(command) == 0
     (whole,) = re.findall(r"(\d+) arms, 0 of them measured; ([\d,]+) res", capsys.readouterr().out)
@@ -177,6 +174,40 @@ def test_the_cost_is_said_first(
     assert not (run / "study").exists()
     assert main([*command, "--paper", "--study.draws", "2"]) == 2
     assert "--paper sets all settings --study.*" in capsys.readouterr().err
+
+
+def test_features_of_other_adapters_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    manifest = copy / "features" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "adapter": "0" * 64}))
+    assert main(["study", str(copy), "--dry-run"]) == 2
+    assert "were collected from other adapters" in capsys.readouterr().err
+
+
+def test_transcoders_of_whole_mlps_are_studied_without_transfer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their features cannot be added to the target; all other arms are measured."""
+    run = make_run(tmp_path / "run", AdapterConfig(64, base_mlp=False))
+    assert main(["study", str(run), "--dry-run", "--study.share", "0.01"]) == 0
+    assert "No features are added to the target: " in capsys.readouterr().out
+    config = replace(
+        SMALL,
+        study=replace(SMALL.study, times=(1,), parts=("only",), share=0.01),
+        sampling=SamplingConfig(max_new_tokens=2),
+    )
+    with opened(tmp_path / "study", contents=CONTENTS) as folder:
+        result = open_study(run, folder, config, Event(), []).run()
+    assert result is not None
+    assert {arm["kind"] for arm in result["arms"]} == {None, "ablate", "only"}
+    assert result["notes"]
+    page = (folder / "tables.md").read_text()
+    assert "Transfer to the target" not in page
+    assert "No features are added to the target: " in page
+    assert not (folder / "plots" / "transfer.png").exists()
 
 
 def test_the_cost_counts_the_responses_that_are_missing(run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from reproduce.paper import hesitation as h
 from reproduce.paper.__main__ import main
 from reproduce.paper.claims import CLAIMS
 from reproduce.paper.finding import Finding
+from reproduce.paper.graphs import shares
 from reproduce.paper.page import find, page
 
 PAGE = Path(__file__).parents[3] / "docs" / "paper.md"
@@ -319,6 +322,32 @@ def test_claims_about_a_study() -> None:
         assert measure(study(**refuting)).verdict.startswith("no")
 
 
+def test_claims_about_the_selection_of_the_paper() -> None:
+    """Another set of the same study: removed, it takes all accuracy."""
+    result = study()
+    assert h.removed(0, h.TEN)(result) is None
+    assert h.unharmed(result, h.TEN) is None
+    ten = copy.deepcopy(result["arms"][2])
+    ten |= {"selection": h.TEN, "accuracy": interval(0.0)}
+    result["arms"].append(ten)
+    claim = {**result["claims"][0], "selection": h.TEN, "value": interval(0.75)}
+    result["claims"].append(claim)
+    assert h.removed(0, h.TEN)(result) == Finding("reduction 75.0% [74.0, 76.0]", "yes")
+    accuracy = h.unharmed(result, h.TEN)
+    assert accuracy is not None
+    assert accuracy.verdict == "no"
+    assert h.unharmed(result) == h.unharmed(study())
+
+
+def test_the_claim_about_edges() -> None:
+    parts = {"hesitation": {"adapter features": interval(0.125)}}
+    assert shares({"shares": parts}) is None
+    finding = shares({"shares": {**parts, "other": {"adapter features": interval(0.25)}}})
+    assert finding is not None
+    assert "hesitation features 12.5% [11.5, 13.5]" in finding.value
+    assert "others of their layers 25.0% [24.0, 26.0]" in finding.value
+
+
 def test_the_published_page_has_every_claim_and_its_command() -> None:
     text = PAGE.read_text(encoding="utf-8")
     empty = rows(page({}, {}))
@@ -332,9 +361,9 @@ def test_what_was_not_run_says_so() -> None:
     claims = [claim for claim in CLAIMS if claim.section]
     with_section = [row for row in rows(page({}, {})) if len(row) == 6]
     for claim, row in zip(claims, with_section, strict=True):
-        assert row[3] == "not run"
+        assert row[3] == claim.without
         assert row[4] == ("–" if claim.source else "needs full scale")
-    assert "- not given: eval.json, contrast.json, study.json" in page({}, {})
+    assert "- not given: eval.json, contrast.json, study.json, shares.json" in page({}, {})
 
 
 @pytest.fixture
@@ -356,9 +385,46 @@ def test_the_command_writes_what_the_files_hold(folder: Path, tmp_path: Path) ->
     assert re.search(r"- `eval.json`: .*/eval/eval.json", out.read_text(encoding="utf-8"))
 
 
+def test_files_of_runs_inside_a_folder_do_not_count(folder: Path) -> None:
+    """An evaluation of one of the compared runs, and contrasts and studies of others."""
+    for place in ("one/eval/eval", "one/contrast/contrast", "one/study/study", "two/study/study"):
+        path = folder / f"{place}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    of_all = folder / "eval" / "eval.json"
+    assert find([folder]) == find([folder / "eval"]) == {"eval": of_all}
+    assert find([folder / "eval", folder / "one" / "contrast", folder / "one" / "study"]) == {
+        "eval": of_all,
+        "contrast": folder / "one" / "contrast" / "contrast.json",
+        "study": folder / "one" / "study" / "study.json",
+    }
+
+
+def test_make_reproduce_names_the_exact_folders(tmp_path: Path) -> None:
+    """A run of ``make reproduce`` with an evaluation of its own must not end it."""
+    locks = ("requirements.lock", "requirements-eval.lock")
+    for name in ("Makefile", "pyproject.toml", "setup.py", *locks):
+        shutil.copy(PAGE.parents[1] / name, tmp_path)
+    for place in ("eval", "contrast", "study"):
+        for run in ("sparsity-4.3e-3", "dense"):
+            path = tmp_path / "runs" / "reproduce" / run / place / f"{place}.json"
+            path.parent.mkdir(parents=True)
+            path.write_text("{}")
+    shown = subprocess.run(
+        ["make", "--dry-run", "reproduce"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (command,) = (line for line in shown.stdout.splitlines() if "reproduce.paper" in line)
+    studied = "runs/reproduce/sparsity-4.3e-3"
+    folders = f"runs/reproduce/eval {studied}/contrast/ {studied}/study/"
+    assert command.endswith(f" {folders} --out runs/reproduce/paper.md")
+
+
 def _second(folder: Path) -> None:
-    (folder / "other").mkdir()
-    (folder / "other" / "eval.json").write_text("{}")
+    (folder / "eval.json").write_text("{}")
 
 
 @pytest.mark.parametrize(

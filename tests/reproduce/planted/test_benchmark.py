@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastadapt.cli.train import read_configs
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import locked
 from fastadapt.training.config import load_config, save_config
@@ -285,6 +286,7 @@ def test_other_files_and_other_settings_are_refused(tmp_path: Path) -> None:
         (
             settings_of("full"),
             {"training": ours["training"] | {"base": "0" * 64}},
+            {"training": {k: v for k, v in ours["training"].items() if k != "adapters"}},
             {"size": "small"},
         )
     ):
@@ -293,6 +295,21 @@ def test_other_files_and_other_settings_are_refused(tmp_path: Path) -> None:
         (out / SETTINGS).write_text(json.dumps(settings))
         with pytest.raises(UserError, match=r"--out: .* another size, base or .* same --size"):
             run(out, "--summary")
+
+
+def test_another_preset_is_another_way_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of two presets are not mixed, wherever the folder is."""
+    before = settings_of("small")["training"]
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("small")["training"] == before
+    for section, name in (("objective", "sparsity"), ("optimizer", "lr")):
+        values = read_configs(["organism"])
+        values[section][name] = 0.5
+        with monkeypatch.context() as patched:
+            patched.setattr("reproduce.planted.organisms.read_configs", lambda _, v=values: v)
+            assert settings_of("small")["training"] != before
 
 
 def test_a_summary_needs_something_measured(tmp_path: Path) -> None:
