@@ -139,6 +139,27 @@ class Evidence(NamedTuple):
     returned: float
 
 
+def ablation_candidates(trace: Trace, leaves: Leaves, target: Target) -> Tensor:
+    """Return the leaves, int64 ``[n]``, of the features or rank components that reach a target.
+
+    Raises:
+        UserError: fewer than 3 reach it.
+    """
+    n = leaves.n_ablated
+    reach = (leaves.position[:n] <= target.position) & (leaves.depth[:n] < target.depth)
+    # After the last attention before the target, a position reaches itself alone.
+    layer = trace.n_layers - 1 if target.layer is None else target.layer
+    reach &= (leaves.position[:n] == target.position) | (leaves.depth[:n] < depth_of(layer, 1))
+    nodes = reach.nonzero()[:, 0]
+    if len(nodes) < 3:
+        what = "rank components" if trace.stream == "ranks" else "features"
+        raise UserError(
+            f"evidence: expected 3 or more {what} before the target, got {len(nodes)}; give "
+            "--evidence.ablations 0 for a graph without ablations"
+        )
+    return nodes
+
+
 def measure_evidence(
     trace: Trace,
     leaves: Leaves,
@@ -163,18 +184,11 @@ def measure_evidence(
         batches: stores the effects as they are measured; those that it has are not measured again.
 
     Raises:
-        UserError: fewer than 3 features can reach the target.
+        UserError: fewer than 3 features can reach the target, or their effects are all equal.
     """
     config = config or EvidenceConfig()
     n, ranks_alone = leaves.n_ablated, trace.stream == "ranks"
-    reach = (leaves.position[:n] <= target.position) & (leaves.depth[:n] < target.depth)
-    # After the last attention before the target, a position reaches itself alone.
-    layer = trace.n_layers - 1 if target.layer is None else target.layer
-    reach &= (leaves.position[:n] == target.position) | (leaves.depth[:n] < depth_of(layer, 1))
-    nodes = reach.nonzero()[:, 0]
-    if len(nodes) < 3:
-        what = "rank components" if ranks_alone else "features"
-        raise UserError(f"evidence: expected 3 or more {what} before the target, got {len(nodes)}")
+    nodes = ablation_candidates(trace, leaves, target)
     draw = torch.Generator().manual_seed(config.seed)
     linear = replace(trace, features="linear ranks" if ranks_alone else "linear")
     total = edges(linear, leaves, [target])[0, :n]
@@ -186,6 +200,12 @@ def measure_evidence(
     for name, chosen in (("strongest", order), ("random", drawn)):
         sample = chosen[: config.ablations]
         effects = ablations.effects([i[None] for i in sample])
+        if len(effects.unique()) < 2:
+            raise UserError(
+                f"evidence: expected ablations with different effects, got {float(effects[0]):g} "
+                f"for all {len(sample)} {name} ones; give more --evidence.ablations, or 0 for a "
+                "graph without ablations, with --overwrite"
+            )
         samples.append(_sample(name, sample, effects, predictors, config, draw))
     strongest = order[: config.ablations]
     held = ablations.effects([i[None] for i in strongest], held=True)

@@ -13,8 +13,13 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.logit_lens import token_strings
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.graphs.attribution import Target
-from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
+from fastadapt.graphs.attribution import Leaves, Target
+from fastadapt.graphs.evidence import (
+    EvidenceConfig,
+    ablation_candidates,
+    account,
+    measure_evidence,
+)
 from fastadapt.graphs.files import describe
 from fastadapt.graphs.graph import Graph, GraphConfig, grow
 from fastadapt.graphs.linear.heads import head_loadings
@@ -229,6 +234,8 @@ def explain(
         if on_base_set is not None:
             on_base_set(base_set)
     target = question.target(trace)
+    if evidence.ablations:
+        ablation_candidates(trace, Leaves(trace), target)  # an error comes before the work
     graph = grow(trace, [target], config, progress=progress, batches=batches)
     measured = None
     if evidence.ablations:

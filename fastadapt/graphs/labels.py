@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastadapt.errors import UserError
 from fastadapt.features.store.schema import MANIFEST, SAMPLES
 from fastadapt.features.store.store import Store
 from fastadapt.graphs.attribution import KINDS, UNIT_KINDS
@@ -64,6 +65,19 @@ def store_of(run: Path, document: GraphFile) -> Store | None:
         return None
     store = Store.open(run)
     return store if store.manifest["adapter"] == document["adapter"] else None
+
+
+def check_store(file: Path, document: GraphFile, store: Store) -> None:
+    """Check that a graph is of the adapters whose features a store has.
+
+    Raises:
+        UserError: the graph is of other adapters.
+    """
+    if document["adapter"] != store.manifest["adapter"]:
+        raise UserError(
+            f"{file}: this graph is of other adapters than {store.folder}; export it alone, "
+            "without --features"
+        )
 
 
 def strongest_paths(graph: Graph, document: GraphFile, n: int) -> list[tuple[float, list[int]]]:

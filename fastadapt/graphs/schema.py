@@ -136,7 +136,8 @@ class GraphFile(TypedDict):
     """Schema of a graph's file. Rows of targets come first; ``flow`` is that of
     :class:`.graph.Flow`, ``account`` and ``evidence`` those of :mod:`.evidence`. ``logits`` has the
     tokens of each target, none for features and directions. ``ranks`` names the layers of rank
-    components, for the stream ``ranks``."""
+    components, for the stream ``ranks``. ``files`` has name, size and SHA-256 of the files that a
+    direction and a base set were read from."""
 
     schema_version: Positive
     kind: Literal["attribution graph"]
@@ -158,3 +159,4 @@ class GraphFile(TypedDict):
     evidence: NotRequired[_Evidence]
     base_set: NotRequired[BaseSet]
     ranks: NotRequired[list[Ranks]]
+    files: NotRequired[list[tuple[Name, Count, Sha256]]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ Unit = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The features of one text's graph.
+    """The features, or rank components, of one text's graph.
 
     Attributes:
         group: texts of one group are resamples or paraphrases of each other.
@@ -40,10 +41,10 @@ class Fingerprint:
 
     @classmethod
     def of_graph(cls, group: str, document: GraphFile, n: int) -> Fingerprint:
-        """Return the ``n`` features of most influence, summed over positions."""
+        """Return the ``n`` features, or rank components, of most influence over all positions."""
         influence: dict[Unit, float] = {}
         for node in document["nodes"]:
-            if node["kind"] == "feature":
+            if node["kind"] in ("feature", "rank component"):
                 unit = (node["layer"], node["feature"])
                 influence[unit] = influence.get(unit, 0.0) + node["influence"]
         order = sorted(influence, key=lambda unit: (-influence[unit], unit))
@@ -63,13 +64,13 @@ class Agreement(NamedTuple):
 
 
 def jaccard(a: frozenset[Unit], b: frozenset[Unit]) -> float:
-    """Return the share of the features of both sets that are in each of them.
+    """Return the share of the features of both sets that are in each of them; nan for empty sets.
 
     Example:
         >>> jaccard(frozenset([(0, 1), (0, 2)]), frozenset([(0, 2), (3, 4)]))
         0.3333333333333333
     """
-    return len(a & b) / len(a | b) if a | b else 1.0
+    return len(a & b) / len(a | b) if a | b else math.nan
 
 
 def stability(
@@ -77,8 +78,8 @@ def stability(
 ) -> list[Agreement]:
     """Return the agreement within groups, and between texts of different groups.
 
-    A bootstrap sample draws the texts with replacement; pairs of a text with itself do not count. A
-    comparison without pairs is left out.
+    A bootstrap sample draws the texts with replacement. Pairs of a text with itself do not count,
+    nor pairs of texts whose graphs both have no features. A comparison without pairs is left out.
 
     Args:
         graphs: two texts or more.
@@ -86,12 +87,17 @@ def stability(
         seed: seed of the bootstrap and of the random features.
 
     Raises:
-        UserError: fewer than two texts.
+        UserError: fewer than two texts, or no graph with features.
     """
     if len(graphs) < 2:
         raise UserError(
             f"--stability: expected graphs of two texts or more, got {len(graphs)}; give --prompts "
             "with several files, or more numbers to --place"
+        )
+    if not any(graph.top for graph in graphs):
+        raise UserError(
+            f"--stability: expected graphs with features, got {len(graphs)} without any; give "
+            "other texts"
         )
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     drawn = [frozenset(draw.sample(sorted(graph.active), len(graph.top))) for graph in graphs]
@@ -101,6 +107,7 @@ def stability(
     upper = torch.ones(n, n, dtype=torch.bool).triu(1)
     scores = _pairwise([graph.top for graph in graphs])
     chance = _pairwise(drawn)
+    defined = scores.isfinite()
     counts = torch.stack(
         [
             torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n)
@@ -109,6 +116,7 @@ def stability(
     ).double()
     agreements = []
     for name, mask in (("same group", same & upper), ("other groups", ~same & upper)):
+        mask &= defined
         pairs = int(mask.sum())
         if pairs:
             values = _means(scores, mask, counts)
@@ -125,7 +133,7 @@ def _pairwise(sets: Sequence[frozenset[Unit]]) -> Tensor:
 def _means(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
     """Return the mean over pairs in each bootstrap sample; samples without pairs are left out."""
     weights = mask.double()
-    total = torch.einsum("rn,nm,rm->r", counts, weights * scores, counts)
+    total = torch.einsum("rn,nm,rm->r", counts, scores.where(mask, 0), counts)
     number = torch.einsum("rn,nm,rm->r", counts, weights, counts)
     return total[number > 0] / number[number > 0]
 

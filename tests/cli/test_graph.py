@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,17 +196,22 @@ def test_stability_of_prompts(run: Path, tmp_path: Path, fastadapt: Callable[...
     assert json.loads(path.read_text()) == saved
 
 
-def test_a_base_set(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+def write_base_set(folder: Path) -> None:
+    """Write a transcoder set of the embedded pair's base with random weights."""
     import torch
     import yaml
     from safetensors.torch import save_file
 
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump({"model_name": "organism/base"}))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model_name": "organism/base"}))
     for layer in range(4):
         tensors = {name: torch.randn(30, 128) * 0.1 for name in ("W_enc", "W_dec")}
         tensors |= {"b_enc": torch.zeros(30), "b_dec": torch.zeros(128)}
-        save_file(tensors, tmp_path / "set" / f"layer_{layer}.safetensors")
+        save_file(tensors, folder / f"layer_{layer}.safetensors")
+
+
+def test_a_base_set(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    write_base_set(tmp_path / "set")
     path = tmp_path / "a.json"
     ask = ("graph", run, PROMPT, "--token", "4", "--base_set", tmp_path / "set", "--output", path)
     outcome = fastadapt(*ask, *SMALL)
@@ -298,3 +304,166 @@ def test_a_folder_of_prompts(run: Path, tmp_path: Path, fastadapt: Callable[...,
     assert outcome.code == 0, outcome.err
     assert (outcome.out.count("exists: "), outcome.out.count("graph: ")) == (1, 1)
     assert len(list(out.glob("*.json"))) == 2
+
+
+def test_existing_graphs_of_other_adapters_are_refused(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    folder, out = tmp_path / "prompts", tmp_path / "out"
+    folder.mkdir()
+    (folder / "1.txt").write_text(PROMPT)
+    (folder / "1.b.txt").write_text("tom gets 3 apples")
+    other = make_run(tmp_path / "other", seed=1)
+    none = ("--token", "4", "--nodes", 1, "--evidence.ablations", 0, "--device", "cpu")
+    options = ("--prompts", folder, "--output", out, *none)
+    assert fastadapt("graph", run, *options).code == 0
+    for more in ((), ("--stability", 3)):
+        outcome = fastadapt("graph", other, *options, *more)
+        assert outcome.code == 2
+        assert "exists" not in outcome.out
+        assert "Jaccard" not in outcome.out
+        assert "2 texts have no graph of this call" in outcome.err
+        for name in ("1.b.txt", "1.txt"):
+            line = rf"{name}: {out}/\w+\.json exists, but is of other adapters than those of "
+            assert re.search(line, outcome.err)
+        assert "Replace it (--overwrite), or give another --output" in outcome.err
+    # A run that was trained again beside its graphs.
+    shutil.copytree(run, tmp_path / "again", ignore=shutil.ignore_patterns("graphs"))
+    again = ("graph", tmp_path / "again", "--prompts", folder, *none)
+    assert fastadapt(*again).code == 0
+    assert fastadapt(*again).out.count("exists: ") == 2
+    shutil.copytree(other / "adapter", tmp_path / "again" / "adapter", dirs_exist_ok=True)
+    assert "is of other adapters" in fastadapt(*again).err
+    assert fastadapt(*again, "--overwrite").code == 0
+    assert fastadapt(*again).out.count("exists: ") == 2
+    (graph, _) = sorted((tmp_path / "again" / "graphs").glob("*.json"))
+    graph.write_text("{")
+    assert re.search("is not valid JSON.* Replace it", fastadapt(*again).err)
+
+
+def test_existing_graphs_without_the_ablations_are_refused(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    (tmp_path / "1.txt").write_text(PROMPT)
+    ask = ("graph", run, "--prompts", tmp_path, "--output", tmp_path / "out", "--token", "4")
+    small = (*ask, "--nodes", 1, "--device", "cpu", "--evidence.ablations")
+    assert fastadapt(*small, 0).code == 0
+    outcome = fastadapt(*small, 4)
+    assert (outcome.code, "has fewer ablations than 4. Replace" in outcome.err) == (2, True)
+    assert fastadapt(*small, 4, "--overwrite").code == 0
+    assert fastadapt(*small, 5).code == 2
+    assert fastadapt(*small, 1000, "--overwrite").code == 0
+    for fewer in (0, 5, 1000, 2000):  # the text has fewer features than 1,000
+        assert fastadapt(*small, fewer).out.startswith("exists: ")
+
+
+def test_existing_graphs_of_other_files_are_refused(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "1.txt").write_text(PROMPT)
+    none = ("--nodes", 1, "--evidence.ablations", 0, "--device", "cpu", "--output", tmp_path / "o")
+    direction, base_set = tmp_path / "d.safetensors", tmp_path / "set"
+    save_file({"direction": torch.ones(128)}, direction)
+    write_base_set(base_set)
+    cases: tuple[tuple[tuple[Any, ...], Path], ...] = (
+        (("--direction", direction), direction),
+        (("--token", "4", "--base_set", base_set), base_set / "layer_1.safetensors"),
+    )
+    for options, changed in cases:
+        ask = ("graph", run, "--prompts", tmp_path, *options, *none)
+        assert fastadapt(*ask).code == 0
+        assert fastadapt(*ask).out.startswith("exists: ")
+        changed.write_bytes(changed.read_bytes()[:-1] + b"\x01")
+        outcome = fastadapt(*ask)
+        assert outcome.code == 2
+        assert "a --direction or a --base_set whose files had other contents" in outcome.err
+        (written,) = [path for path in (tmp_path / "o").glob("*.json") if path.name in outcome.err]
+        document = json.loads(written.read_text())
+        del document["files"]  # as versions before wrote
+        written.write_text(json.dumps(document))
+        assert fastadapt(*ask).out.startswith("exists: ")
+    prompts: tuple[tuple[Any, ...], ...] = (("--prompts", tmp_path), (PROMPT,))
+    for prompt in prompts:
+        options = ("--token", "4", "--base_set", tmp_path / "none", *none[:-1], tmp_path / "b.json")
+        missing = fastadapt("graph", run, *prompt, *options)
+        assert (missing.code, "expected a folder with config.yaml" in missing.err) == (2, True)
+
+
+def test_a_prompt_without_a_graph_does_not_end_the_others(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    folder, out = tmp_path / "prompts", tmp_path / "out"
+    folder.mkdir()
+    for name, text in (("1", "tom"), ("2", PROMPT), ("3", ""), ("4", "tom"), ("5", PROMPT + " .")):
+        (folder / f"{name}.txt").write_text(text)
+    small = ("--prompts", folder, "--device", "cpu", "--nodes", 1, "--output", out)
+    none = (*small, "--evidence.ablations", 0)
+    outcome = fastadapt("graph", run, "--token", "4", "--position", 3, "--stability", 3, *none)
+    assert outcome.code == 2
+    assert outcome.out.count("graph: ") == 2
+    assert "Jaccard" not in outcome.out
+    assert "3 texts have no graph of this call:\n1.txt, 4.txt: --position: expected" in outcome.err
+    assert "\n3.txt: prompt: expected a text, got ''" in outcome.err
+    assert len(list(out.iterdir())) == 2
+    outcome = fastadapt("graph", run, "--feature", "0/2", *small)
+    assert "1.txt, 2.txt, 4.txt, 5.txt: evidence: expected 3 or more features" in outcome.err
+    # Errors of the run are not those of its texts.
+    outcome = fastadapt("graph", tmp_path, *none)
+    assert "no graph of this call" not in outcome.err
+    assert outcome.err.count("expected a run") == 1
+
+
+def test_a_place_without_a_graph_does_not_end_the_others(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    file = run.parent / "sampled.jsonl"
+    sampled(file)
+    find = ("graph", run, "--responses", file, "--stream", "target", "--device", "cpu")
+    few = ("--at", "wait", "so", "--nodes", 1, "--evidence.ablations", 0, "--output", tmp_path)
+    n = int(re.search(r"(\d+) places", fastadapt(*find, *few).out)[1])  # type: ignore[index]
+    outcome = fastadapt(*find, *few, "--place", "all", "--against", " so")
+    n_graphs = outcome.out.count("graph: ")
+    assert (outcome.code, 0 < n_graphs < n) == (2, True)
+    refused = re.search(r"error: (\d+) texts? ha.* no graph of this call:\nplace \d", outcome.err)
+    assert refused is not None
+    assert int(refused[1]) == n - n_graphs
+    assert "--against: expected another token than --token" in outcome.err
+
+
+def test_one_newline_at_the_end_of_a_prompt_is_the_files(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    for i, end in enumerate((b"", b"\n", b"\r\n", b"\n\n")):
+        (tmp_path / f"{i}.txt").write_bytes(b"<think>" + end)
+    none = ("--token", "4", "--nodes", 0, "--evidence.ablations", 0, "--device", "cpu")
+    outcome = fastadapt("graph", run, "--prompts", tmp_path, "--output", tmp_path / "out", *none)
+    assert outcome.code == 0, outcome.err
+    # The first three texts are equal, the last one has a newline of its own.
+    results = re.findall("^(graph|exists): ", outcome.out, re.MULTILINE)
+    assert results == ["graph", "exists", "exists", "graph"]
+
+
+def test_what_cannot_be_measured_is_refused_before_the_work(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_base_set(tmp_path / "set")
+    out = tmp_path / "out"
+    out.mkdir()
+    ask = ("--device", "cpu", "--nodes", 1, "--output", out / "a.json")
+    layer_0, none = ("--feature", "0/2"), ("--evidence.ablations", 0)
+    base_set = ("--token", "4", "--base_set", tmp_path / "set", *none)
+    for prompt, options, reason in (
+        (PROMPT, layer_0, "give --evidence.ablations 0 for a graph without ablations"),
+        ("tom", base_set, "expected tokens that differ in the output of the base's MLP"),
+        ("tom tom tom", base_set, "got 3 with equal ones, so no variance to explain"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("fastadapt.graphs.explain.grow", None)
+            outcome = fastadapt("graph", run, prompt, *options, *ask)
+        assert outcome.code == 2
+        assert reason in outcome.err
+        assert list(out.iterdir()) == []
+    assert fastadapt("graph", run, PROMPT, *layer_0, *none, *ask).code == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from documents import write_document
+from synthetic import Size, write_synthetic
 
 NAMES = [".lock", "first.json", "graph-metadata.json"]
 
@@ -34,6 +35,22 @@ def test_files_and_their_list(tmp_path: Path, fastadapt: Callable[..., Any]) -> 
     outcome = fastadapt(*again, "--slug", "third")
     assert outcome.code == 2
     assert "graphs: expected array" in outcome.err
+
+
+def test_features_of_other_adapters_are_refused(
+    tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    size = Size(3, 300, 4, 2, texts=40, text_tokens=300, vocabulary=800, described=300)
+    write_synthetic(tmp_path / "run" / "features", size)
+    files = [write_document(tmp_path / f"{i}.json", adapter=f"{i}" * 64) for i in range(2)]
+    for format in ("pages", "circuit-tracer"):
+        out = tmp_path / format
+        options = ("--format", format, "--features", tmp_path / "run", "--output", out)
+        outcome = fastadapt("graph", "export", *files, *options)
+        assert outcome.code == 2
+        assert f"{files[1]}: this graph is of other adapters than" in outcome.err
+        assert not out.exists()
+        assert fastadapt("graph", "export", files[0], *options).code == 0
 
 
 def test_a_damaged_graph_gets_one_message(tmp_path: Path, fastadapt: Callable[..., Any]) -> None:

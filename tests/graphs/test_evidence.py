@@ -196,6 +196,12 @@ def test_what_has_no_evidence(make_pair: Callable[..., Any]) -> None:
     trace = record(model, IDS)
     with pytest.raises(UserError, match="3 or more features before the target, got 0"):
         measure_evidence(trace, Leaves(trace), named_feature(trace, "0/3", 4))
+    adapter: Any
+    for adapter in model.adapters:
+        adapter.W_dec.data.zero_()
+    trace = record(model, IDS)
+    with pytest.raises(UserError, match="different effects, got 0 for all 5 strongest ones"):
+        measure_evidence(trace, Leaves(trace), contrast(trace, 7, 11, 6), EvidenceConfig(5))
     for settings in ({"ablations": 2}, {"copies": 0}, {"resamples": 10}):
         with pytest.raises(UserError, match=r"expected .* or more"):
             EvidenceConfig(**settings)

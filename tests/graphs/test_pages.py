@@ -173,6 +173,24 @@ def test_features_resolve_to_their_pages(browser: Any, run: Path, graph: Any, fi
         tab.page.context.close()
 
 
+def test_signs_of_components_that_form_a_chain(browser: Any, file: str) -> None:
+    # The last component reads the first of its layer, which the file lists before it.
+    document = make_document(stream="ranks")
+    place = {"layer": 1, "position": 2, "activation": 1.0, "influence": 0.5}
+    nodes = [{**place, "kind": "rank component", "feature": i} for i in range(2)]
+    nodes.append({**place, "kind": "token", "layer": -1, "feature": -1})
+    edges = ((None, {0: 0.25, 1: -0.75}), (0, {2: 1.0}), (1, {0: 1.0}))
+    rows = [
+        {**document["rows"][0], "node": node, "size": 1.0, "sources": list(into)}
+        | {"weights": list(into.values())}
+        for node, into in edges
+    ]
+    document |= {"nodes": nodes, "rows": rows, "heads": [], "evidence": None}
+    tab = opened(browser, file)
+    signed = tab.page.evaluate("file => Array.from(new Graph(file).signed)", document)
+    assert signed == [-0.5, -0.75, -0.5, 1.0]  # both components, the token, the target
+
+
 @pytest.mark.slow
 def test_keys_pins_and_groups_are_in_the_address(browser: Any, graph: Any, file: str) -> None:
     tab = opened(browser, file)

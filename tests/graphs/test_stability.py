@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from documents import make_document
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.stability import Fingerprint, stability
+from fastadapt.graphs.stability import Fingerprint, jaccard, stability
 
 
 def fingerprint(group: str, *features: int, active: int = 40) -> Fingerprint:
@@ -28,6 +29,30 @@ def test_the_strongest_features_of_a_file() -> None:
     assert len(got.top) == 5
     left_out = max(influence[unit] for unit in got.active - got.top)
     assert min(influence[unit] for unit in got.top) >= left_out
+
+
+def test_the_strongest_rank_components_of_a_file() -> None:
+    document: Any = make_document(stream="ranks")
+    for node in document["nodes"]:
+        if node["kind"] == "feature":
+            node["kind"] = "rank component"
+    assert Fingerprint.of_graph("a", document, 5) == Fingerprint.of_graph("a", make_document(), 5)  # type: ignore[arg-type]
+
+
+def test_texts_without_features_have_no_agreement() -> None:
+    graphs = [
+        fingerprint("a", 0, 1),
+        fingerprint("a", 0, 2),  # 1 of 3
+        fingerprint("b", active=0),
+        fingerprint("b", active=0),
+    ]
+    assert math.isnan(jaccard(frozenset(), frozenset()))
+    same, other = stability(graphs)
+    assert (same.pairs, other.pairs) == (1, 4)  # not the pair of the texts of b
+    assert same.jaccard == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert list(other.jaccard) == [0, 0, 0]
+    with pytest.raises(UserError, match="expected graphs with features, got 2 without any"):
+        stability(graphs[2:])
 
 
 def test_agreement_within_groups_and_between_them() -> None:

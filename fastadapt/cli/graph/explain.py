@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from fastadapt.evaluation.models_under_test import ModelSet
     from fastadapt.graphs.linear.overlay import TranscoderSet
     from fastadapt.graphs.places import Place, PlaceConfig
+    from fastadapt.graphs.schema import GraphFile
 
 GRAPHS = "graphs"  # folder in the run
+_REPLACE = "Replace it (--overwrite), or give another --output"
+_NAMED = 5  # texts with the same error that the message names
 
 
 def graph(
@@ -62,12 +66,14 @@ def graph(
     Args:
         run: folder of a finished run
         prompt: the text, with the markers that the model expects
-        prompts: folder of prompts, one .txt file each; graphs that exist are skipped
+        prompts: folder of prompts, one .txt file each, without one newline at its end; graphs that
+            exist are skipped, and refused if they are of other adapters or lack ablations
         responses: file of sampled responses: list the places that --at describes
         at: with --responses: words; list places where one of them is the most likely token
         above: with --at: list places where the words' probability rises to this value instead
         after: with --at: only places after this text in the response, such as `the answer is`
-        place: with --at: numbers of places to explain, or `all`; graphs that exist are skipped
+        place: with --at: numbers of places to explain, or `all`; graphs that exist: as
+            with --prompts
         token: explain the logit of this token
         against: with --token or --place: explain the difference to the logit of this token
         feature: explain the pre-activation of this feature, as layer/number
@@ -150,16 +156,18 @@ def graph(
     if prompt is not None:
         path = folder if output is not None else folder / work.name(prompt, question)
         if path.exists() and not overwrite:
-            raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
+            raise UserError(f"{path} exists. {_REPLACE}")
         work.explain(prompt, question, path)
     elif prompts is not None:
         for name, text in _prompts(typed_path(prompts, "--prompts")):
-            work.explain_new(text, question, folder, group=name.split(".")[0])
+            work.explain_new(text, question, folder, name=name, group=name.split(".")[0])
     else:
         places = work.list_places(str(responses), PlaceConfig(at, above, after))
-        for spot in _pick(places, place):
-            work.explain_new(spot.ids, Question(spot.token, against), folder, group=spot.id)
-    if stability is not None and not work.stopped:
+        for i in _pick(places, place):
+            of_place = Question(places[i].token, against)
+            name, group = f"place {i}", places[i].id
+            work.explain_new(places[i].ids, of_place, folder, name=name, group=group)
+    if stability is not None and not work.stopped and not work.errors:
         work.compare(stability, folder)
     if work.stopped:
         print(
@@ -168,6 +176,7 @@ def graph(
             if overwrite
             else "Stopped; finished graphs and rows are saved. Run the same command again to go on."
         )
+    work.raise_errors()
     return 0
 
 
@@ -187,6 +196,7 @@ class _Work:
     target_mlps: bool
     stopped: bool = False  # by a signal: no further graph is begun
     groups: dict[Path, str] = field(default_factory=dict)  # of the graphs of this call
+    errors: dict[str, list[str]] = field(default_factory=dict)  # messages, with names of texts
 
     @cached_property
     def models(self) -> ModelSet:
@@ -219,12 +229,8 @@ class _Work:
         """Return what the numbers of a graph depend on, by name."""
         import torch
 
-        from fastadapt.io.atomic import digest_of_input
         from fastadapt.models.pair import choose_device
 
-        files = [] if question.direction is None else [Path(question.direction)]
-        if self.base_set is not None:
-            files += sorted(path for path in Path(self.base_set).iterdir() if path.is_file())
         return {
             "prompt": text,
             "question": vars(question),
@@ -232,24 +238,99 @@ class _Work:
             "graph settings": vars(self.config),
             "evidence settings": vars(self.evidence),
             "weights": self.models.fingerprint("run"),
-            "files": [[path.name, *digest_of_input(path)] for path in files],
+            "files": self.files(question),
             "dtype": self.dtype,
             "device": str(choose_device(self.models.config.device)),
             "torch version": torch.__version__,
         }
 
+    @cached_property
+    def adapter(self) -> str:
+        """The digest of the run's adapters."""
+        from fastadapt.adapter.files import adapters_of
+        from fastadapt.features.store.store import adapter_digest
+
+        return adapter_digest(adapters_of(self.run))
+
+    @cached_property
+    def base_set_files(self) -> list[tuple[str, int, str]]:
+        if self.base_set is None:
+            return []
+        files = sorted(path for path in Path(self.base_set).glob("*") if path.is_file())
+        return [_describe_file(path) for path in files]
+
+    def files(self, question: Question) -> list[tuple[str, int, str]]:
+        """Return name, size and SHA-256 of the files of the direction and of the base set."""
+        direction = [] if question.direction is None else [_describe_file(Path(question.direction))]
+        return direction + self.base_set_files
+
     def explain_new(
-        self, text: str | Sequence[int], question: Question, folder: Path, *, group: str
+        self, text: str | Sequence[int], question: Question, folder: Path, *, name: str, group: str
     ) -> None:
-        """Explain a text, unless the file of its graph exists and ``overwrite`` is false."""
+        """Explain a text, unless the file of its graph exists and ``overwrite`` is false.
+
+        An error of the text, which ``name`` names, is stored in ``errors``: others are explained.
+        """
+        from fastadapt.errors import UserError
+
         path = folder / self.name(text, question)
         if self.stopped:
             return
         self.groups[path] = group
-        if path.exists() and not self.overwrite:
-            print(f"exists: {path.resolve()}")
+        exists = path.exists() and not self.overwrite
+        # What all texts share is read first: its errors end the call.
+        _ = (self.adapter, self.base_set_files) if exists else (self.models, self.overlay)
+        try:
+            if exists:
+                self.check_existing(path, question)
+                print(f"exists: {path.resolve()}")
+            else:
+                self.explain(text, question, path)
+        except UserError as error:
+            self.errors.setdefault(str(error), []).append(name)
+
+    def check_existing(self, path: Path, question: Question) -> None:
+        """Check that the graph of a file is the one that this call would make.
+
+        Raises:
+            UserError: the file says otherwise, or cannot be read.
+        """
+        from fastadapt.errors import UserError
+        from fastadapt.graphs.files import read_graph
+        from fastadapt.io.documents import DocumentError
+
+        try:
+            document = read_graph(path)
+        except DocumentError as error:
+            raise UserError(f"{error}. {_REPLACE}") from error
+        files = self.files(question)
+        if document["adapter"] != self.adapter:
+            reason = f"is of other adapters than those of {self.run}"
+        elif [tuple(file) for file in document.get("files", files)] != files:
+            reason = "is of a --direction or a --base_set whose files had other contents"
+        elif _ablations(document) < self.evidence.ablations:
+            reason = f"has fewer ablations than {self.evidence.ablations}"
         else:
-            self.explain(text, question, path)
+            return
+        raise UserError(f"{path} exists, but {reason}. {_REPLACE}")
+
+    def raise_errors(self) -> None:
+        """Raise the errors of all texts as one.
+
+        Raises:
+            UserError: a text had an error.
+        """
+        from fastadapt.errors import UserError
+
+        if not self.errors:
+            return
+        lines = []
+        for message, names in self.errors.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"{', '.join(names[:_NAMED])}{more}: {message}")
+        count = sum(map(len, self.errors.values()))
+        what = "1 text has" if count == 1 else f"{count} texts have"
+        raise UserError("\n".join([f"{what} no graph of this call:", *lines]))
 
     def explain(self, text: str | Sequence[int], question: Question, path: Path) -> None:
         from fastadapt.cli.graph.tables import print_base_set, print_graph, texts_of
@@ -274,6 +355,8 @@ class _Work:
                         progress=lambda done, n: progress("features", done, n),
                         batches=batches,
                     )
+                    if files := self.files(question):
+                        document["files"] = files
                     write_graph(document, path, overwrite=self.overwrite)
             except Stopped:
                 self.stopped = True
@@ -335,18 +418,38 @@ def _prompts(folder: Path) -> list[tuple[str, str]]:
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise UserError(f"--prompts: expected a folder with .txt files, got {folder}")
-    return [(file.name, read_text(file).rstrip("\n")) for file in files]
+    return [(file.name, _without_last_newline(read_text(file))) for file in files]
 
 
-def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[Place]:
+def _without_last_newline(text: str) -> str:
+    """Return a text without the newline that editors write at the end of a file."""
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def _describe_file(path: Path) -> tuple[str, int, str]:
+    from fastadapt.io.atomic import digest_of_input
+
+    return path.name, *digest_of_input(path)
+
+
+def _ablations(document: GraphFile) -> float:
+    """Return how many ablations a graph can answer for: all, if it ablates every feature."""
+    if "evidence" not in document:
+        return 0
+    evidence = document["evidence"]
+    done = min((len(sample["nodes"]) for sample in evidence["samples"]), default=0)
+    return math.inf if done >= max(evidence["curve"]["n"], default=0) else done
+
+
+def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[int]:
     from fastadapt.errors import UserError
 
     if list(numbers) == ["all"]:
-        return list(places)
+        return list(range(len(places)))
     wrong = [n for n in numbers if not (n.isascii() and n.isdigit() and int(n) < len(places))]
     if wrong:
         raise UserError(
             f"--place: {len(places)} places are listed, numbered from 0; expected such numbers, or "
             f"all, got {' '.join(wrong)}"
         )
-    return [places[int(n)] for n in numbers]
+    return [int(n) for n in numbers]

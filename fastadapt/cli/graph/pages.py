@@ -94,16 +94,19 @@ def _to_circuit_tracer(
     from fastadapt.cli.console import print_table
     from fastadapt.errors import UserError
     from fastadapt.graphs.files import read_graph
-    from fastadapt.graphs.labels import feature_labels, store_of, units_of
+    from fastadapt.graphs.labels import check_store, feature_labels, store_of, units_of
     from fastadapt.interop.circuit_tracer import convert, slug_of, write
     from fastadapt.reporting.formatting import percent
 
     if slug is not None and len(files) > 1:
         raise UserError(f"--slug: expected one graph, got {len(files)}; leave --slug out")
+    graphs, given = [read_graph(file) for file in files], _store(features)
+    for file, graph in zip(files, graphs, strict=True):
+        if given is not None:
+            check_store(file, graph, given)
     rows = []
-    for file in files:
-        graph = read_graph(file)
-        store = _store(features) or store_of(file.resolve().parent.parent, graph)
+    for file, graph in zip(files, graphs, strict=True):
+        store = given or store_of(file.resolve().parent.parent, graph)
         labels = {} if store is None else feature_labels(store, units_of(graph))
         model = scan or slug_of(Path(graph["models"]["target"]).name)
         name = slug or slug_of(file.stem)

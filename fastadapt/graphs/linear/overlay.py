@@ -142,11 +142,21 @@ def unexplained_variance(
         model: the replacement model, whose base the set belongs to.
         overlay: the set.
         mlp_in: per layer ``[T, D]``, the inputs of the MLPs on the text.
+
+    Raises:
+        UserError: an MLP's output is the same at all tokens, as for a text of one token.
     """
     shares = []
     for layer, x in enumerate(mlp_in):
         out = model.mlps[layer].base(x[None])[0]
         missed = out - overlay.run(layer, x)[1]
         spread = (out - out.mean(0)).square().sum()
+        # Equal outputs differ from their mean by rounding, whose square is about eps² of theirs.
+        if spread <= torch.finfo(out.dtype).eps * out.square().sum():
+            raise UserError(
+                f"--base_set: expected tokens that differ in the output of the base's MLP of layer "
+                f"{layer}, got {len(out)} with equal ones, so no variance to explain; give a "
+                "longer prompt, or leave out --base_set"
+            )
         shares.append(float(missed.square().sum() / spread))
     return shares

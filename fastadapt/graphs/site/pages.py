@@ -29,7 +29,7 @@ from fastadapt.features.site.server import PORT, serve_folder
 from fastadapt.features.site.shards import shard
 from fastadapt.features.store.store import Store
 from fastadapt.graphs.files import read_graph
-from fastadapt.graphs.labels import store_of
+from fastadapt.graphs.labels import check_store, store_of
 from fastadapt.graphs.schema import GraphFile
 from fastadapt.io.atomic import writing_folder
 from fastadapt.io.names import has_file, typed_path
@@ -88,10 +88,7 @@ def export(
     store = store or store_of(files[0].resolve().parent.parent, graphs[0])
     if store is not None:
         for file, graph in zip(files, graphs, strict=True):
-            if graph["adapter"] != store.manifest["adapter"]:
-                raise UserError(
-                    f"{file}: this graph is of other adapters than {store.folder}; export it alone"
-                )
+            check_store(file, graph, store)
     names = [file.stem for file in files]
     with writing_folder(target, last=RECORD) as staged:
         _write(staged, names, graphs, store)

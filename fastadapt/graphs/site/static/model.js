@@ -47,12 +47,18 @@ class Graph {
   sign() {
     this.signed = new Float64Array(this.items.length);
     for (let i = this.n; i < this.items.length; i++) this.signed[i] = this.items[i].influence;
-    // Edges into a feature come from lower layers only.
-    const targets = [...this.rows.keys()].sort((a, b) => this.items[b].layer - this.items[a].layer);
-    for (const target of targets) {
+    // A node passes its value on after all its outputs gave theirs. Layers do not give this order:
+    // rank components of one layer form chains.
+    const waiting = new Map([...this.rows.keys()].map((item) => [item, this.outputs.get(item)?.length ?? 0]));
+    const ready = [...this.rows.keys()].filter((item) => waiting.get(item) === 0);
+    while (ready.length) {
+      const target = ready.pop();
       const size = this.rows.get(target).size || 1;
       for (const { source, weight } of this.inputs.get(target)) {
         this.signed[source] += this.signed[target] * (weight / size);
+        if (!waiting.has(source)) continue;
+        waiting.set(source, waiting.get(source) - 1);
+        if (waiting.get(source) === 0) ready.push(source);
       }
     }
   }
