@@ -156,6 +156,22 @@ def test_r1_closes_a_response_that_another_turn_follows() -> None:
     )
 
 
+def test_several_tools_in_a_row() -> None:
+    qwen = Template(  # Qwen2.5's and Qwen3's template, without definitions and calls of tools
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+        "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}"
+        "{% endif %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}"
+    )
+    tools = [Turn("tool", result) for result in ("A", "B", "C")]
+    for n in range(1, 4):
+        turns = [*ROUNDS[:2], *tools[:n], ROUNDS[3]]
+        assert FAMILIES["qwen3"].render(turns).text == qwen.write(turns)
+        assert FAMILIES["llama3"].render(turns).text.count("ipython") == n
+
+
 def test_generation_blocks_give_the_assistants_part() -> None:
     blocks = Template(
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
