@@ -120,7 +120,9 @@ class Progress:
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
         if reason := record.get("no_template"):
-            self.write(f"data.family auto is the family {record['family']}: {reason}")
+            from fastadapt.data.inspection import form_name
+
+            self.write(f"data.family auto is {form_name(record['family'])}: {reason}")
         sources = record.get("sources", ())
         if len(sources) < 2:
             self._markers("training data", record)
