@@ -15,6 +15,8 @@ from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
     from fastadapt.data.inspection import Inspection
+    from fastadapt.data.sequences import DataConfig
+    from fastadapt.data.sources import Source
     from fastadapt.models.sources.pair_sources import Sources
 
 
@@ -75,7 +77,7 @@ class InspectConfig:
         loss: all, assistant or thinking
         markers: text or tokens
         max_tokens: leave out longer texts
-        split: split of a hub dataset or folder; by default train
+        split: split of a hub dataset or folder; by default the one that a run reads
         subset: configuration of a hub dataset, or folder in a folder
         revision: branch, tag or commit of a hub dataset
         rows: number of rows to read; by default all
@@ -135,18 +137,19 @@ def inspect(
     from fastadapt.data.inspection import inspect_source
     from fastadapt.data.sequences import DataConfig
     from fastadapt.models.sources.pair_sources import planned_config
-    from fastadapt.organism import resolve
     from fastadapt.training.config import from_dict
 
     models, data = _models_of(pair, base, trust_remote_code)
     typed = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     examples, rows = typed.pop("examples"), typed.pop("rows", None)
-    split = typed.pop("split", "train")
-    values = {"validation": "", **data, **typed, "train": source}
+    how = {
+        key: typed.pop(key) for key in ("split", "revision", "subset", "columns") if key in typed
+    }
+    values = {"train": source, "validation": "", **data, **typed}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
     architecture = models.configs(planned_config)[0].get_text_config()
     inspection = inspect_source(
-        dataclasses.replace(settings.source(resolve(source), "train"), split=split),
+        dataclasses.replace(_read_as(source, settings), **how),
         models.tokenizer(),
         settings,
         max_positions=architecture.max_position_embeddings,
@@ -156,6 +159,16 @@ def inspect(
     )
     _print_inspection(inspection, settings.loss)
     return 0
+
+
+def _read_as(name: str, settings: DataConfig) -> Source:
+    """Return a source as a run reads it: in its mixture, as held-out data, or as training data."""
+    from fastadapt.organism import resolve
+
+    mixture = () if isinstance(settings.train, str) else settings.train
+    part = next((part for part in mixture if part.source == name), None)
+    is_held_out = part is None and settings.train != name == settings.validation
+    return settings.source(resolve(name), "validation" if is_held_out else "train", part)
 
 
 def _models_of(pair: str, base: str, trust: bool) -> tuple[Sources, dict[str, Any]]:

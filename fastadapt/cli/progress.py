@@ -120,12 +120,16 @@ class Progress:
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
         if reason := record.get("no_template"):
-            self.write(f"data.family auto is the family {record['family']}: {reason}")
+            from fastadapt.data.inspection import form_name
+
+            self.write(f"data.family auto is {form_name(record['family'])}: {reason}")
         sources = record.get("sources", ())
         if len(sources) < 2:
             self._markers("training data", record)
         for source in sources:
             self._source(source)
+        if held_out := record.get("held_out_source"):
+            self._source({**held_out, "source": f"held-out data, {held_out['source']}"})
         if n := record.get("held_out_in_training"):
             self.write(
                 f"hint: {n:,} of {record['held_out_sequences']:,} held-out sequences are training "
@@ -160,6 +164,9 @@ class Progress:
             first = source["examples"][0]
             lost = f"{n:,} of {read:,} rows cannot be read and are left out"
             self.write(f"{name}: {lost}; the first: {first}")
+        if n := source.get("too_long"):
+            lost = f"{n:,} of {read:,} texts have more than data.max_tokens tokens"
+            self.write(f"{name}: {lost} and are left out")
         if n := source["beyond_model"]:
             self.write(
                 f"{name}: {n:,} of {read:,} texts are longer than the model can read and are left "

@@ -110,8 +110,18 @@ def check_turns(turns: Sequence[Turn], where: str) -> list[Turn]:
 
 
 def read_text(value: Any, where: str, key: str) -> str:
-    """Return a turn's text, or the joined texts of its parts; raise ``UserError`` if not text."""
+    """Return a text, or the joined texts of its parts.
+
+    Raises:
+        UserError: the value is no text, or several texts, which may be alternatives or turns.
+    """
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if len(value) > 1 and all(isinstance(part, str) for part in value):
+            raise UserError(
+                f"{where}: expected one text, got a list of {len(value)}, which may be "
+                "alternatives or turns; write one text, turns as messages, or parts "
+                '{"type": "text", "text": ...}'
+            )
         value = "".join(_part(part, f"{where}, part {i + 1}") for i, part in enumerate(value))
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} must be text, got {_kind(value)}")

@@ -20,6 +20,8 @@ class Family:
         system: the same of a system turn. Without it, the system's text and a blank line begin the
             user's first turn.
         tool: the same of a tool's turn; without it, such turns are refused.
+        tool_next: text between the words of two tools' turns in a row; without it, the text after
+            the first and before the second.
         bos: text at the beginning.
         lead: text before the assistant's words that the model writes itself.
         between: text after a turn of the assistant that another turn follows, which the assistant
@@ -36,6 +38,7 @@ class Family:
     assistant: tuple[str, str]
     system: tuple[str, str] | None = None
     tool: tuple[str, str] | None = None
+    tool_next: str = ""
     bos: str = ""
     lead: str = ""
     between: str = ""
@@ -90,7 +93,13 @@ class Family:
                 raise UserError(
                     f"turn {i + 1}: {family} has no template for the role {role!r}; {hint}"
                 )
-            pieces.append(Piece(frame[0], "marker", role))
+            before, after = frame
+            if role == "tool" and self.tool_next:
+                if i and turns[i - 1].role == "tool":
+                    before = ""
+                if i + 1 < len(turns) and turns[i + 1].role == "tool":
+                    after = self.tool_next
+            pieces.append(Piece(before, "marker", role))
             if role == "assistant":
                 pieces.append(Piece(self.lead, "end", role))
                 text = self._with_line_break(text)
@@ -98,7 +107,7 @@ class Family:
                 pieces.append(Piece(pending, "text", "system"))
                 pending = ""
             pieces.append(Piece(text, "text", role))
-            pieces.append(Piece(frame[1], "end" if role == "assistant" else "marker", role))
+            pieces.append(Piece(after, "end" if role == "assistant" else "marker", role))
             if role == "assistant" and i + 1 < len(turns):
                 pieces.append(Piece(self.between, "marker", turns[i + 1].role))
         if pending:
@@ -124,6 +133,7 @@ _QWEN = Family(
     assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
     system=("<|im_start|>system\n", "<|im_end|>\n"),
     tool=("<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
+    tool_next="\n</tool_response>\n<tool_response>\n",
     markers=_IM,
 )
 _OPENING = f"{THINK}\n"

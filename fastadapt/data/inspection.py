@@ -112,6 +112,7 @@ def inspect_source(
     shown: list[Example] = []
     too_long: Counter[str] = Counter()
     used = with_markers = tokens = counted = 0
+    is_refused = False
     for each in kind.tokenise(islice(contents, rows), bad):
         n = len(each.encoded.ids)
         reason = _too_long(n, config, max_positions)
@@ -119,7 +120,8 @@ def inspect_source(
             try:
                 check_ids(each.encoded.ids, n_rows, "the text")
             except UserError as error:
-                bad.take(error, each.row.where)
+                bad.take(UserError(f"{error}; a run refuses the source"), each.row.where)
+                is_refused = True
                 continue
         lengths.append(n)
         if reason is not None:
@@ -134,6 +136,10 @@ def inspect_source(
     if layout is None or not used:
         shortest = min(lengths, default=None)
         refuse_empty(f"data source {source.name!r}", read, bad, config, shortest)
+    left_out = {**too_long, **bad.counts}
+    if is_refused:
+        left_out["other rows of a source that a run refuses"] = used
+        used = with_markers = tokens = counted = 0
     return Inspection(
         layout,
         kind.form.spec,
@@ -142,7 +148,7 @@ def inspect_source(
         lengths,
         too_long.total(),
         used,
-        {**too_long, **bad.counts},
+        left_out,
         with_markers,
         tokens,
         counted,

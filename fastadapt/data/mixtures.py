@@ -111,9 +111,10 @@ class MixturePlan:
     """Map a step to the samples of its batch: a pure function of the arguments and the step.
 
     The samples form one endless order. Each next sample comes from the source whose tokens so far
-    are the smallest against its weight, so that after any number of steps the share of a source is
-    off by less than one of its sequences. A source is read in a permutation drawn from (seed,
-    source, pass), whole passes one after the other.
+    are the smallest against its weight. After any number of steps the tokens of a source exceed
+    its share of all tokens by less than its longest sequence, and fall short of it by at most this
+    share of the longest sequences of all other sources together. A source is read in a permutation
+    drawn from (seed, source, pass), whole passes one after the other.
 
     An epoch ends, after its last full batch, where a source has no further sequence for its share
     without a repetition. The next epoch goes on in the order.

@@ -43,7 +43,7 @@ from fastadapt.evaluation.contrast.report import contrast_figures, contrast_tabl
 from fastadapt.evaluation.contrast.result import SCHEMA_VERSION, ContrastFile, Source
 from fastadapt.evaluation.contrast.summary import Contrast, groups_of, kinds_of, summarise
 from fastadapt.evaluation.contrast.unions import Union, interactions
-from fastadapt.evaluation.difference.texts import held_out_texts
+from fastadapt.evaluation.difference.texts import held_out_texts, left_out
 from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.folder import LOCK, present
 from fastadapt.evaluation.generation.responses import read_responses
@@ -266,12 +266,9 @@ def _texts(run: RunContents, n: int, responses: str | None) -> list[Text]:
             )
         # The bound of the validation during training does not count: --n is the bound here.
         data = dataclasses.replace(data, max_validation=None)
-        texts, beyond = held_out_texts(data, run.pair.tokenizer, n, n_rows, context)
-        if beyond:
-            run.models.notes["texts"] = (
-                f"Of the first texts, {beyond:,} are left out, since they are longer than the "
-                f"target's context, {context:,} tokens."
-            )
+        texts, counts = held_out_texts(data, run.pair.tokenizer, n, n_rows, context)
+        if reasons := left_out(counts, context, data.max_tokens):
+            run.models.notes["texts"] = " ".join(f"{r[0].upper()}{r[1:]}." for r in reasons)
         return texts
     texts = []
     for each in read_responses(typed_path(responses, "--responses"))[:n]:

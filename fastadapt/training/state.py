@@ -199,6 +199,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "bad_rows": run.feed.train.counts.bad,
         "counted_tokens": run.feed.train.counts.counted,
         "sources": run.feed.sources(run.steps),
+        "held_out_source": run.feed.held_out_source,
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
         "adapter_kind": run.config.run.trains,

@@ -148,6 +148,11 @@ class StepData:
             indices = range(first, min(first + size, len(self.held_out)))
             yield self.batch(self.held_out, indices)[0]
 
+    @property
+    def held_out_source(self) -> dict[str, Any]:
+        """Counts of the held-out data, as :meth:`sources` returns them for the training data."""
+        return _counts_of(self.held_out)
+
     def rows(self, indices: Sequence[int]) -> list[int] | list[str]:
         """Return the 0-based rows of training sequences in their source, named for a mixture."""
         rows, train = [self.train.rows[i] for i in indices], self.train
@@ -170,13 +175,20 @@ class StepData:
             trained = train.tokens_of(taken)
         return [
             {
-                "source": part.source,
+                **_counts_of(part),
                 "weight": weight,
-                **part.counts._asdict(),
-                "bad_rows": dict(part.bad.counts),
-                "examples": part.bad.examples,
-                **({"unread": part.unread} if part.unread else {}),
                 **({"trained": n, "share": n / max(sum(trained), 1)} if len(parts) > 1 else {}),
             }
             for part, weight, n in zip(parts, weights, trained, strict=True)
         ]
+
+
+def _counts_of(data: Sequences) -> dict[str, Any]:
+    """Return the counts of a source's rows, with those that are left out or not read."""
+    return {
+        "source": data.source,
+        **data.counts._asdict(),
+        "bad_rows": dict(data.bad.counts),
+        "examples": data.bad.examples,
+        **({"unread": data.unread} if data.unread else {}),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,36 @@ def test_the_base_of_a_whole_model_is_not_needed(
     assert named.out == folder.out
 
 
+def test_a_source_of_a_file_is_read_as_a_run_reads_it(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "chats" / "more").mkdir(parents=True)
+    for split, n in (("train_sft", 2), ("test_sft", 1)):
+        name = f"{split}-00000-of-00001.jsonl"
+        (tmp_path / "chats" / name).write_text((json.dumps(ROWS[0]) + "\n") * n)
+    row = {"text": "a b", "content": "c d"}
+    (tmp_path / "chats" / "more" / "train.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    chats, held_out = f"{tmp_path}/chats", f"{tmp_path}/chats/"
+    pair = {"target": "organism/target", "base": "organism/base"}
+    more = {"source": chats + "/more", "columns": "content"}
+    for train in (
+        {"train": chats, "train_split": "train_sft"},
+        {"train": [more, {"source": chats, "split": "train_sft"}]},
+    ):
+        data = {**train, "validation": held_out, "validation_split": "test_sft"}
+        (tmp_path / "mine.yaml").write_text(json.dumps({"pair": pair, "data": data}))
+        command = ("data", "inspect", "--pair", tmp_path / "mine.yaml")
+        for source, n in ((chats, 2), (held_out, 1)):
+            outcome = fastadapt(*command, source)
+            assert outcome.code == 0, outcome.err
+            assert f"{n} of {n} rows would be used" in outcome.out
+        outcome = fastadapt(*command, chats, "--split", "test_sft")
+        assert "1 of 1 rows would be used" in outcome.out
+    assert "columns: text in 'content'" in fastadapt(*command, chats + "/more").out
+    typed = fastadapt(*command, chats + "/more", "--columns", "text")
+    assert "columns: text in 'text'" in typed.out
+
+
 UNREADABLE: dict[str, tuple[bytes, str]] = {
     "latin.jsonl": ('{"text": "é a"}\n'.encode("latin-1"), "line 1: not UTF-8 at byte 10"),
     "wide.jsonl": ('{"text": "a b"}\n'.encode("utf-16"), "line 1: not UTF-8 at byte 0"),
@@ -80,7 +111,7 @@ def test_texts_that_are_all_too_long_are_an_error(
     assert "of 1 rows none fits into data.max_tokens=2: the shortest has" in outcome.err
 
 
-def test_a_token_beyond_the_model_is_left_out(
+def test_a_source_with_a_token_beyond_the_model_is_refused(
     fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Training refuses such a source, with the same words."""
@@ -90,8 +121,10 @@ def test_a_token_beyond_the_model_is_left_out(
     outcome = fastadapt("data", "inspect", str(source), "--pair", "organism")
     assert outcome.code == 0, outcome.err
     assert "not read: 'id'" in outcome.out
-    assert "1 of 2 rows would be used: 3 tokens" in outcome.out
+    assert "0 of 2 rows would be used: 0 tokens" in outcome.out
+    assert re.search(r"other rows of a source that a run refuses\W+1\b", outcome.out)
     assert "line 2: the text: expected tokens below" in outcome.out
+    assert "leave such texts out; a run refuses the source" in outcome.out
 
 
 @pytest.mark.parametrize(

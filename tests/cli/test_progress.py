@@ -112,6 +112,18 @@ def test_rows_that_are_left_out_and_shares_are_said() -> None:
     ]
 
 
+def test_rows_of_the_held_out_data_that_are_left_out_are_said() -> None:
+    stream = io.StringIO()
+    held_out = {"source": "v.jsonl", "read": 9, "bad": 2, "too_long": 3, "beyond_model": 0}
+    start = {"kind": "start", "step": 0, "steps": 4, "sources": []}
+    Progress(stream).record({**start, "held_out_source": {**held_out, "examples": ["line 1: a"]}})
+    assert stream.getvalue().splitlines() == [
+        "held-out data, v.jsonl: 2 of 9 rows cannot be read and are left out; the first: line 1: a",
+        "held-out data, v.jsonl: 3 of 9 texts have more than data.max_tokens tokens and are left "
+        "out",
+    ]
+
+
 def test_what_is_not_read_and_a_family_for_a_template_are_said() -> None:
     stream = io.StringIO()
     source = {"source": "a.jsonl", "bad": 0, "beyond_model": 0, "read": 9, "unread": ["'tools'"]}

@@ -24,17 +24,23 @@ FEW = ("--where.n", 4, "--statistics.resamples", 200)
 def test_a_pair_is_measured_once_and_presented(
     tiny_pair: Path, recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
-    said = {"user": "w1 " * 80, "assistant": "w2"}
-    long = {"conversations": [{"from": role, "value": text} for role, text in said.items()]}
+    rows = [
+        {"conversations": [{"from": "user", "value": text}, {"from": "assistant", "value": "w2"}]}
+        for text in ("w1 " * 80, "w1 " * 300, "")
+    ]
     data = (tiny_pair / "validation.jsonl").read_text()
-    (tmp_path / "rows.jsonl").write_text(json.dumps(long) + "\n" + data)
-    path = recipe(**{"data.validation": str(tmp_path / "rows.jsonl")})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + data)
+    settings = {"validation": str(tmp_path / "rows.jsonl"), "max_tokens": 200, "bad_rows": "skip"}
+    path = recipe(**{f"data.{key}": value for key, value in settings.items()})
     command = ("where", path, *FEW, "--output", tmp_path / "out")
     outcome = fastadapt(*command)
     assert outcome.code == 0, outcome.err
-    assert "1 are left out, since they are longer than the context of the models, 64" in " ".join(
-        outcome.out.split()
-    )
+    for reason in (
+        "are longer than the context of the models, 64 tokens",
+        "have more than data.max_tokens=200 tokens",
+        "cannot be read",
+    ):
+        assert f"1 are left out, since they {reason}" in " ".join(outcome.out.split())
     folder = tmp_path / "out"
     result = read_result(folder / "where.json")
     assert [each["from_base"] for each in result["combinations"]][-1] == result["parts"]

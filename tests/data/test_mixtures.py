@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastadapt.data.mixtures import MixturePlan
@@ -44,6 +44,33 @@ def test_token_shares_are_the_weights_within_one_percent(weights: tuple[float, .
         part = draw.choices(range(3), weights)[0]
         tokens[part] += draw.choice(lengths[part])
     assert [n / sum(tokens) for n in tokens] != pytest.approx(wanted, abs=0.01)
+
+
+LONG_AND_RARE = [[20] * 2000, [8000] * 9, [8000] * 9], [0.9, 0.05, 0.05]
+
+
+@example(*LONG_AND_RARE)
+@given(
+    st.lists(st.lists(st.integers(2, 50), min_size=1, max_size=9), min_size=3, max_size=3),
+    st.lists(st.floats(0.01, 10), min_size=3, max_size=3),
+)
+def test_tokens_of_a_source_are_near_its_share(
+    lengths: list[list[int]], weights: list[float]
+) -> None:
+    plan = MixturePlan(lengths, weights, batch_size=1, seed=42)
+    flat = [(part, n) for part, of_part in enumerate(lengths) for n in of_part]
+    shares, longest = [weight / sum(weights) for weight in weights], list(map(max, lengths))
+    tokens, shortfall = [0] * len(lengths), 0.0
+    for step in range(2 * plan.n):
+        ((part, n),) = (flat[i] for i in plan[step])
+        tokens[part] += n
+        for n, share, text in zip(tokens, shares, longest, strict=True):
+            excess = n - share * sum(tokens)
+            assert excess < text
+            assert -excess <= share * (sum(longest) - text) + 1e-6
+            shortfall = max(shortfall, -excess)
+    if weights == LONG_AND_RARE[1]:
+        assert shortfall > 2 * 20  # more than one of the source's own texts
 
 
 @given(

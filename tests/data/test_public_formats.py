@@ -401,6 +401,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"several columns may hold the data \(conversation in 'messages'; text in 'text'\); set "
         r"data\.columns \(other commands: --columns\) to messages or text",
     ),
+    "alternative answers": (
+        {"question": "what", "answer": ["three", "two"]},
+        r"line 1: answer: expected one text, got a list of 2, which may be alternatives or turns",
+    ),
+    "several prompts": (
+        {"prompt": ["what", "what more"], "response": ["three", "two"]},
+        r"line 1: prompt: expected one text, got a list of 2",
+    ),
+    "several texts in a turn": (
+        messages(("user", ["what", "what more"]), ANSWERED),
+        r"turn 1 \(user\): expected one text, got a list of 2",
+    ),
     "two system turns": (
         {"system": "be brief", **messages(("system", "hello"), ("user", "what"), ANSWERED)},
         r"line 1: system: expected one system turn, got another one here than before the other",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
-from fastadapt.data.rendering import get_form
+from fastadapt.data.rendering import get_form, render_prompt
 from fastadapt.data.templates.auto_format import choose, resolve
 from fastadapt.data.templates.template import Template
 from fastadapt.data.tokens import Encoder
@@ -156,6 +156,22 @@ def test_r1_closes_a_response_that_another_turn_follows() -> None:
     )
 
 
+def test_several_tools_in_a_row() -> None:
+    qwen = Template(  # Qwen2.5's and Qwen3's template, without definitions and calls of tools
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+        "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}"
+        "{% endif %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}"
+    )
+    tools = [Turn("tool", result) for result in ("A", "B", "C")]
+    for n in range(1, 4):
+        turns = [*ROUNDS[:2], *tools[:n], ROUNDS[3]]
+        assert FAMILIES["qwen3"].render(turns).text == qwen.write(turns)
+        assert FAMILIES["llama3"].render(turns).text.count("ipython") == n
+
+
 def test_generation_blocks_give_the_assistants_part() -> None:
     blocks = Template(
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
@@ -231,6 +247,29 @@ def test_a_template_that_does_not_serve_says_why(text: str, message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_may_trim_some_turns() -> None:
+    """Gemma 3's trims all but the system's; Llama 2's the end of the user's first after it."""
+    text = (
+        "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}"
+        "{% endif %}{% for m in rest %}[{{ m.role }}]{{ first if loop.first else '' }}"
+        "{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [Turn("system", "be brief\n"), Turn("user", " what \n"), Turn("assistant", "two ")]
+    assert Template(text).render(turns).text == "[user]be brief\n\n\nwhat[assistant]two"
+    text = text.replace(
+        "{{ first if loop.first else '' }}{{ m.content | trim }}", "{{ said | trim }}"
+    )
+    text = text.replace(
+        "[{{ m.role", "{% set said = (first if loop.first else '') + m.content %}[{{ m.role"
+    )
+    turns += [Turn("user", " more "), Turn("assistant", "three\n")]
+    whole = "[user]be brief\n\n\n what[assistant]two[user]more[assistant]three"
+    rendered = Template(text).render(turns)
+    assert rendered.text == whole
+    assert [whole[a:b] for a, b in rendered.responses()] == ["two", "three"]
+
+
 def test_todays_date_is_none_of_a_text() -> None:
     dated = tokenizer_with([], "{{ strftime_now('%d %b %Y') }} " + TEMPLATES["qwen"][0])
     form = Template.of_tokenizer(dated)
@@ -258,6 +297,22 @@ def test_auto_takes_the_family_where_the_template_loses_reasoning(
     tokenizer = tokenizer_with(FAMILIES[family].markers, text)
     assert resolve("auto", tokenizer) == family
     assert all(turn.text in get_form(family).render(ROUNDS).text for turn in ROUNDS)
+
+
+@pytest.mark.parametrize(
+    ("opening", "family"), [("<think>\n", "qwq"), ("", "qwen3"), ("<think>", None)]
+)
+def test_auto_asks_a_model_as_its_template_does(opening: str, family: str | None) -> None:
+    """The templates of QwQ, Qwen3-Thinking-2507 and Qwen 3.5 open the reasoning."""
+    end = "<|im_start|>assistant\n{% endif %}"
+    text = LATEST_ONLY.replace(end, end.replace("{%", opening + "{%"))
+    tokenizer = tokenizer_with(FAMILIES["qwen3"].markers, text)
+    spec, template = resolve("auto", tokenizer), Template.of_tokenizer(tokenizer)
+    assert template is not None
+    assert render_prompt(ROUNDS[0].text, spec) == template.write(ROUNDS[:1], prompt=True)
+    assert spec == family or (family is None and isinstance(spec, dict))
+    if isinstance(spec, dict):
+        assert spec["markers"] == list(FAMILIES["qwen3"].markers)
 
 
 UPPER = TEMPLATES["qwen"][0].replace("m.content", "m.content | upper")

@@ -293,6 +293,8 @@ def test_places_before_words() -> None:
     assert sites.others == [(0, 6)]
     with pytest.raises(UserError, match="none of 2 responses contains one of the words no"):
         word_sites(texts, {30: "no"})
+    turns = Text("d", [9, 7, 9, 8, 9, 7, 9, 5], 1, spans=(1, 3, 6, 8))
+    assert word_sites([turns], {7: "wait", 8: "hmm"}).before == [((0, 0), "wait")]
     two = [*texts, Text("c", [9, 5, 9, 5, 9, 5], prompt_length=1)]
     sites = word_sites(two, {7: "wait", 8: "hmm"})
     entropy = {site: float(site[0]) for site, _ in sites.before} | dict.fromkeys(sites.others, 0.0)

@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
 from fastadapt.evaluation.difference.measure import DifferenceConfig, Measured, measure
 from fastadapt.evaluation.difference.parts import PARTS, TwoModels, combinations
 from fastadapt.evaluation.difference.positions import profile, widest
 from fastadapt.evaluation.difference.result import verdict
 from fastadapt.evaluation.difference.shares import shapley, summarise
-from fastadapt.evaluation.difference.texts import typed_text
+from fastadapt.evaluation.difference.texts import held_out_texts, typed_text
 from fastadapt.evaluation.difference.weights import ranks, weight_changes
-from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.evaluation.faithfulness.texts import REGIONS, Text, region_of, regions_of
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.models.sources.checks import PairMismatchError
@@ -112,6 +113,12 @@ def planted(make_pair: Callable[..., ModelPair], *parts: str) -> TwoModels:
                 weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     pair.tokenizer = load_tokenizer(resolve("organism/target"), None, trust=False)
     return TwoModels(pair, base)
+
+
+def divided(texts: Sequence[Text], answers: Sequence[int]) -> list[Tensor]:
+    """The regions of texts of one response, by the start of its answer."""
+    each = zip(texts, answers, strict=True)
+    return [region_of(len(text.ids), text.prompt_length, start) for text, start in each]
 
 
 # --- the hybrids ----------------------------------------------------------------------------------
@@ -276,8 +283,7 @@ def test_shares_sum_to_the_whole_in_every_region(
 ) -> None:
     models = planted(make_pair, *PARTS)
     got = measured_on(models, texts, tmp_path / "parts")
-    answers = [4, 6, 4, 9, 5]
-    summary = summarise(got, models.parts, texts, answers)
+    summary = summarise(got, models.parts, divided(texts, [4, 6, 4, 9, 5]))
     positions = {name: region["positions"] for name, region in summary["regions"].items()}
     assert positions == {"all": 31, "prompt": 5, "thinking": 18, "answer": 8}
     for region in summary["regions"].values():
@@ -296,10 +302,30 @@ def test_shares_sum_to_the_whole_in_every_region(
     assert summary["combinations"][0]["top1_error"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_every_response_of_a_conversation_has_its_regions(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve("organism/target"), None, trust=False)
+    said = ["tom has 3 apples .", "it is 3", "how many ?", "<think> 3 </think> 3", "how many ?"]
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    turns = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    data = DataConfig("", str(tmp_path / "rows.jsonl"))
+    texts, _ = held_out_texts(data, tokenizer, 1, 10_000, 512)
+    (regions,) = regions_of(texts, tokenizer, data.family)
+    tokens = [tokenizer.decode([token]) for token in texts[0].ids[1:]]
+    by_region = {
+        name: [token for token, r in zip(tokens, regions.tolist(), strict=True) if r == i]
+        for i, name in enumerate(REGIONS)
+    }
+    assert by_region["thinking"] == ["<think>", "3", "</think>"]
+    assert by_region["answer"] == ["<unk>", "is", "3", "3"]
+    assert "how" in by_region["prompt"]
+    assert len(tokens) == sum(map(len, by_region.values()))
+
+
 def test_two_tokens_are_a_text(make_pair: Callable[..., ModelPair], tmp_path: Path) -> None:
     models, text = planted(make_pair, *PARTS), Text("short", [5, 6], 2)
     got = measured_on(models, [text], tmp_path / "parts")
-    sections = summarise(got, models.parts, [text], [2])
+    sections = summarise(got, models.parts, divided([text], [2]))
     assert [layer["gamma"] for layer in sections["layers"]] == [None] * 3
     assert sections["by_position"]["edges"] == [0, 1]
     json.dumps(sections, allow_nan=False)
@@ -314,7 +340,7 @@ def test_the_only_part_that_differs_has_the_whole_share(
     ):
         models = planted(make_pair, part)
         got = measured_on(models, texts, tmp_path / part)
-        sections = summarise(got, models.parts, texts, [2] * 5)
+        sections = summarise(got, models.parts, divided(texts, [2] * 5))
         for other, value in sections["regions"]["all"]["shapley"].items():
             assert math.isclose(value["share"]["mean"], other == part, abs_tol=1e-9)
         assert {each["reason"] for each in widest(models, got, texts, 9)} == {part}
@@ -362,7 +388,7 @@ def test_equal_models_have_no_difference(
     got = measured_on(models, texts, tmp_path / "parts")
     assert got.kl.abs().max() == 0
     assert got.layer_kl.abs().max() == 0
-    sections = summarise(got, models.parts, texts, [2] * 5)
+    sections = summarise(got, models.parts, divided(texts, [2] * 5))
     assert sections["regions"]["all"]["shapley"]["mlps"]["share"]["mean"] is None
     assert "no difference to explain" in verdict(sections, list(models.parts))
 

@@ -151,6 +151,8 @@ def test_records_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Pat
     by = {(r["kind"], r["step"]): r for r in records}
     start = by["start", 0]
     assert (start["held_out_sequences"], start["held_out_in_training"]) == (4, 0)
+    held_out = start["held_out_source"]
+    assert (held_out["read"], held_out["bad"], held_out["too_long"]) == (4, 0, 0)
     assert by["eval", 0]["kl_adapter"] == by["eval", 0]["kl_hybrid"]  # a fresh adapter adds nothing
     assert by["eval", 12]["kl_adapter"] < by["eval", 0]["kl_adapter"]
     last = by["train", 12]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastadapt.data.contents import Turn
-from fastadapt.data.families import FAMILIES
+from fastadapt.data.families import FAMILIES, Family
 from fastadapt.data.rendered import AUTO, TEXT_ONLY, Spec
 from fastadapt.data.templates.template import Template
 from fastadapt.data.tokens import is_one_token
@@ -40,8 +41,9 @@ def choose(tokenizer: Any) -> Choice:
     The tokenizer's chat template is taken if it writes the words of the user and of an assistant
     that reasons as they are, in one and in two rounds. If it loses the reasoning, or does not show
     which part the assistant writes, the family of ``FAMILIES`` is taken whose markers are tokens of
-    the tokenizer. Without a template and without such a family, the form is "text", for data
-    without conversations.
+    the tokenizer, with the text with which the template opens the reasoning when it asks a model.
+    Without a template and without such a family, the form is "text", for data without
+    conversations.
 
     Raises:
         UserError: the template cannot be used, and no family fits; or it fails or changes words
@@ -55,11 +57,13 @@ def choose(tokenizer: Any) -> Choice:
     if (reason := _refusal(template)) is None:
         return Choice(template.spec)
     fault = _fault(template)
-    if fault is None and name is not None:
-        return Choice(name, reason)
     if name is not None:
+        spec = _with_opening(FAMILIES[name], template)
+        if fault is None:
+            return Choice(spec, reason)
+        known = spec if isinstance(spec, str) else name
         raise UserError(
-            f"data.family=auto: {fault}. Give data.family {name}, whose markers this tokenizer "
+            f"data.family=auto: {fault}. Give data.family {known}, whose markers this tokenizer "
             "has, if it is the format of this model, or text for data without conversations"
         )
     raise UserError(
@@ -82,6 +86,23 @@ def family_of(tokenizer: Any) -> str | None:
         and all(is_one_token(tokenizer, marker) for marker in family.markers)
     ]
     return max(known, key=lambda family: len(family.markers)).name if known else None
+
+
+def _with_opening(family: Family, template: Template) -> Spec:
+    """Return the family that opens the reasoning as a template does when it asks a model."""
+    try:
+        prompt = template.write([Turn("user", "a question")], prompt=True)
+    except UserError:
+        return family.spec
+    _, marker, opening = prompt.rpartition(family.before_response)
+    opens, closes = (text in opening for text in family.thinking)
+    if not marker or not opens or closes:
+        return family.spec
+    wanted = replace(family, opening=opening)
+    for other in (family, *FAMILIES.values()):
+        if replace(wanted, name=other.name, markers=other.markers) == other:
+            return other.spec
+    return replace(wanted, name="").spec
 
 
 def _refusal(template: Template) -> str | None:

@@ -13,10 +13,10 @@ ends; both must agree with the rendering of the whole conversation.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from fastadapt.data.contents import Role, Turn
@@ -33,20 +33,6 @@ _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}"
     "{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
     "{%- endmacro -%}"
-)
-#: How templates may trim the words of a turn: functions for the assistant's and for other words.
-_KEEP: Callable[[str], str] = str
-_TRIMS = (
-    (_KEEP, _KEEP),
-    (str.strip, str.strip),
-    (_KEEP, str.strip),
-    (str.strip, _KEEP),
-    (str.lstrip, str.lstrip),
-    (str.lstrip, _KEEP),
-    (_KEEP, str.lstrip),
-    (str.rstrip, str.rstrip),
-    (str.rstrip, _KEEP),
-    (_KEEP, str.rstrip),
 )
 
 
@@ -135,16 +121,10 @@ class Template:
         if roles not in self.frames:
             self.frames[roles] = self._take_apart(roles)
         whole = self.write(turns)
-        for words, others in _TRIMS:
-            said = (words(t.text) if t.role == "assistant" else others(t.text) for t in turns)
-            texts = iter(list(said))
-            pieces = [
-                piece._replace(text=next(texts)) if piece.part == "text" else piece
-                for piece in self.frames[roles]
-            ]
-            rendered = Rendered(tuple(p for p in pieces if p.text), self.thinking)
-            if rendered.text == whole:
-                return rendered
+        pieces = _with_words(self.frames[roles], [turn.text for turn in turns], whole)
+        rendered = Rendered(tuple(piece for piece in pieces if piece.text), self.thinking)
+        if rendered.text == whole:
+            return rendered
         raise UserError(
             "the chat template does not copy every turn unchanged (it drops, moves or rewrites "
             "part of one); set data.family to a known chat format instead"
@@ -268,6 +248,26 @@ class Template:
         if eos and text.endswith(eos) and not longer.startswith(text):
             return text.removesuffix(eos)
         return text
+
+
+def _with_words(frame: Sequence[Piece], texts: Sequence[str], whole: str) -> list[Piece]:
+    """Return a frame with each turn's words as a rendering has them.
+
+    A template may remove white space at the ends of a turn's words, of some turns only: Gemma 3's
+    trims all but the system's.
+    """
+    words, pieces, begin = iter(texts), [], 0
+    for i, piece in enumerate(frame):
+        if piece.part == "text":
+            text = next(words)
+            between = takewhile(lambda other: other.part != "text", frame[i + 1 :])
+            after = "".join(other.text for other in between)
+            trimmed = (text, text.strip(), text.lstrip(), text.rstrip())
+            fits = (each for each in trimmed if whole.startswith(each + after, begin))
+            piece = piece._replace(text=next(fits, text))
+        pieces.append(piece)
+        begin += len(piece.text)
+    return pieces
 
 
 def _marker(text: str, role: Role) -> Piece:

@@ -117,8 +117,9 @@ def word_sites(texts: Sequence[Text], words: Mapping[int, str]) -> WordSites:
 def _predicting(texts: Sequence[Text]) -> Iterator[tuple[Site, int, int]]:
     """Yield each position that predicts a token of a response, its token and the next one."""
     for t, text in enumerate(texts):
-        for p in range(max(0, text.prompt_length - 1), len(text.ids) - 1):
-            yield (t, p), text.ids[p], text.ids[p + 1]
+        for start, end in text.responses():
+            for p in range(max(0, start - 1), end - 1):
+                yield (t, p), text.ids[p], text.ids[p + 1]
 
 
 def matched_places(

@@ -34,9 +34,9 @@ from fastadapt.evaluation.difference.positions import profile, widest
 from fastadapt.evaluation.difference.report import difference_figures, difference_tables
 from fastadapt.evaluation.difference.result import SCHEMA_VERSION, WhereFile, verdict
 from fastadapt.evaluation.difference.shares import summarise
-from fastadapt.evaluation.difference.texts import held_out_texts, typed_text
+from fastadapt.evaluation.difference.texts import held_out_texts, left_out, typed_text
 from fastadapt.evaluation.difference.weights import weight_changes
-from fastadapt.evaluation.faithfulness.texts import Text, answer_starts
+from fastadapt.evaluation.faithfulness.texts import Text, regions_of
 from fastadapt.evaluation.folder import LOCK, present
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
@@ -195,12 +195,8 @@ def _texts(request: WhereRequest, models: TwoModels) -> list[Text]:
         return [typed_text(request.text, tokenizer, n_rows, longest)]
     assert request.data is not None
     n = request.config.where.n
-    texts, beyond = held_out_texts(request.data, tokenizer, n, n_rows, longest)
-    if beyond:
-        models.notes.append(
-            f"of the first texts, {beyond:,} are left out, since they are longer than the context "
-            f"of the models, {longest:,} tokens"
-        )
+    texts, counts = held_out_texts(request.data, tokenizer, n, n_rows, longest)
+    models.notes.extend(left_out(counts, longest, request.data.max_tokens))
     return texts
 
 
@@ -214,8 +210,8 @@ def _result(
     """Return the contents of ``where.json``, without answers to benchmarks' questions."""
     statistics = request.config.statistics
     family = None if request.data is None else request.data.family
-    answers = answer_starts(texts, models.pair.tokenizer, family)
-    sections = summarise(measured, models.parts, texts, answers, statistics)
+    regions = regions_of(texts, models.pair.tokenizer, family)
+    sections = summarise(measured, models.parts, regions, statistics)
     settings = {
         **dataclasses.asdict(request.config),
         "data": None if request.data is None else dataclasses.asdict(request.data),

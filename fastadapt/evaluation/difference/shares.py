@@ -21,7 +21,7 @@ from torch import Tensor
 from fastadapt.evaluation.difference.measure import BY_LAYER, Measured
 from fastadapt.evaluation.difference.parts import Part, combinations
 from fastadapt.evaluation.faithfulness.summary import doubling_edges
-from fastadapt.evaluation.faithfulness.texts import REGIONS, Text, region_of
+from fastadapt.evaluation.faithfulness.texts import REGIONS
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 
 _POSITIVE = (0.0, math.inf)
@@ -54,8 +54,7 @@ def shapley(values: Tensor) -> Tensor:
 def summarise(
     measured: Measured,
     parts: Sequence[Part],
-    texts: Sequence[Text],
-    answers: Sequence[int],
+    regions: Sequence[Tensor],
     config: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
     """Return the sections of ``where.json`` that are means over positions, with intervals.
@@ -63,22 +62,16 @@ def summarise(
     These are ``combinations``, ``regions``, ``by_position`` and ``layers``.
 
     Args:
-        measured: arrays over ``texts``.
+        measured: arrays over the texts.
         parts: the parts that combinations consist of.
-        texts: the texts.
-        answers: start of each text's answer, see
-            :func:`fastadapt.evaluation.faithfulness.texts.answer_starts`.
+        regions: region of each position of each text, see
+            :func:`fastadapt.evaluation.faithfulness.texts.regions_of`.
         config: settings of the intervals.
     """
-    regions = torch.cat(
-        [
-            region_of(len(text.ids), text.prompt_length, start)
-            for text, start in zip(texts, answers, strict=True)
-        ]
-    )
-    selected = {"all": torch.ones_like(regions, dtype=torch.bool)}
-    selected |= {name: regions == i for i, name in enumerate(REGIONS)}
-    sums = {name: _Sums(measured, mask, len(texts)) for name, mask in selected.items()}
+    region, n = torch.cat(list(regions)), len(regions)
+    selected = {"all": torch.ones_like(region, dtype=torch.bool)}
+    selected |= {name: region == i for i, name in enumerate(REGIONS)}
+    sums = {name: _Sums(measured, mask, n) for name, mask in selected.items()}
     of_all = sums["all"]
     return {
         "combinations": [
@@ -86,7 +79,7 @@ def summarise(
             for hybrid, each in zip(combinations(parts), of_all.hybrids(config), strict=True)
         ],
         "regions": {name: each.shares(parts, config) for name, each in sums.items()},
-        "by_position": _by_position(measured, parts, len(texts), config),
+        "by_position": _by_position(measured, parts, n, config),
         "layers": _layers(measured, of_all.counts, config),
     }
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastadapt.batch import IGNORE
-from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.data.sequences import DataConfig, SequenceCounts, load_sequences
 from fastadapt.data.tokens import check_ids
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.texts import Text
@@ -19,10 +18,11 @@ from fastadapt.organism import resolve
 
 def held_out_texts(
     data: DataConfig, tokenizer: Any, n: int, n_rows: int, longest: int
-) -> tuple[list[Text], int]:
+) -> tuple[list[Text], SequenceCounts]:
     """Return the first ``n`` conversations of ``data.validation``, or fewer if it has fewer.
 
-    Conversations longer than the models can read are left out; their number is returned too.
+    Also returned are the counts of the rows that were read, which say how many are left out; see
+    :func:`left_out`.
 
     Args:
         data: source and rendering. ``data.max_validation`` bounds ``n``.
@@ -36,20 +36,42 @@ def held_out_texts(
             embedding.
     """
     limit = min(n, data.max_validation or n)
-    # The labels then begin with the first response, or with the text if it is no chat.
+    # The labels are then the responses, or the text if it is no chat.
     data = replace(data, max_validation=limit, loss="assistant")
     source = resolve(data.validation)
     sequences = load_sequences(source, tokenizer, data, split="validation", max_positions=longest)
     sequences.check_vocabulary(n_rows)
-    texts = [
-        Text(
-            str(sequences.rows[sample.index] + 1),
-            sample.input_ids.tolist(),
-            max(1, int((sample.labels != IGNORE).nonzero()[0])),
-        )
-        for sample in sequences
+    texts = []
+    for sample in sequences:
+        first, *others = sequences.label_spans[sample.index]
+        first = max(1, first)  # no model predicts the first token
+        row = str(sequences.rows[sample.index] + 1)
+        texts.append(Text(row, sample.input_ids.tolist(), first, spans=(first, *others)))
+    return texts, sequences.counts
+
+
+def left_out(counts: SequenceCounts, longest: int, max_tokens: int) -> list[str]:
+    """Return a clause for each reason why rows are left out, without a full stop.
+
+    Args:
+        counts: counts of :func:`held_out_texts`.
+        longest: number of tokens that the models can read.
+        max_tokens: ``data.max_tokens``.
+
+    Example:
+        >>> left_out(SequenceCounts(9, 8, 0, 70, 9, bad=1), 512, 10_000)
+        ['of the first texts, 1 are left out, since they cannot be read']
+    """
+    reasons = {
+        f"are longer than the context of the models, {longest:,} tokens": counts.beyond_model,
+        f"have more than data.max_tokens={max_tokens:,} tokens": counts.too_long,
+        "cannot be read": counts.bad,
+    }
+    return [
+        f"of the first texts, {n:,} are left out, since they {reason}"
+        for reason, n in reasons.items()
+        if n
     ]
-    return texts, sequences.counts.beyond_model
 
 
 def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:

@@ -24,19 +24,32 @@ REGIONS: tuple[Region, ...] = ("prompt", "thinking", "answer")
 
 
 class Text(NamedTuple):
-    """A prompt and the target's response to it.
+    """A prompt and the target's response to it, or a conversation of several responses.
 
     Attributes:
         id: unique among the texts.
         ids: tokens of the prompt and the response.
-        prompt_length: number of tokens of the prompt.
+        prompt_length: number of tokens before the first response.
         domain: domain of the problem; None if not known.
+        spans: first token and end of each response, in one flat list; empty: one response, which
+            follows the prompt.
     """
 
     id: str
     ids: list[int]
     prompt_length: int
     domain: str | None = None
+    spans: Sequence[int] = ()
+
+    def responses(self) -> list[tuple[int, int]]:
+        """Return first token and end of each response.
+
+        Example:
+            >>> Text("1", [5, 6, 7, 8], prompt_length=1, spans=[1, 2, 3, 4]).responses()
+            [(1, 2), (3, 4)]
+        """
+        spans = self.spans or (self.prompt_length, len(self.ids))
+        return list(zip(spans[::2], spans[1::2], strict=True))
 
 
 def check_texts(texts: Sequence[Text]) -> None:
@@ -132,3 +145,26 @@ def region_of(text_length: int, prompt_length: int, answer_start: int) -> Tensor
     """
     predicted = torch.arange(1, text_length)
     return (predicted >= prompt_length).to(torch.int8) + (predicted >= answer_start).to(torch.int8)
+
+
+def regions_of(texts: Sequence[Text], tokenizer: Any, family: Spec | None) -> list[Tensor]:
+    """Return the regions of :func:`region_of` for texts with any number of responses.
+
+    Every response is divided into thinking and answer. All other tokens are prompt.
+
+    Args:
+        texts: the texts.
+        tokenizer, family: see :func:`answer_starts`.
+    """
+    each = [(text, *span) for text in texts for span in text.responses()]
+    parts = [Text(text.id, text.ids[:end], start) for text, start, end in each]
+    answers = iter(answer_starts(parts, tokenizer, family))
+    regions = []
+    for text in texts:
+        of_tokens = torch.zeros(len(text.ids), dtype=torch.int8)
+        for start, end in text.responses():
+            answer = next(answers)
+            of_tokens[start:answer] = REGIONS.index("thinking")
+            of_tokens[answer:end] = REGIONS.index("answer")
+        regions.append(of_tokens[1:])
+    return regions
