@@ -33,7 +33,7 @@ def contrast(
         responses: a file of the target's responses, such as one in texts of an evaluation; by
             default the held-out data of the run
         output: folder to write; by default contrast in the run
-        overwrite: remove the contents of --output first
+        overwrite: remove the contents of --output first, once the settings are checked
     """
     from fastadapt.effects.contrast import CONTENTS, RESULT
     from fastadapt.effects.contrast import contrast as measure_contrast
@@ -45,11 +45,18 @@ def contrast(
     loaded = load(run, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _ = loaded.model  # an error in the models must not change the folder
     with (
-        opened(folder, overwrite=overwrite, contents=CONTENTS) as out,
+        opened(folder, contents=CONTENTS) as out,
         stoppable() as (stop, progress),
     ):
         result = measure_contrast(
-            loaded, out, config, statistics, responses=responses, progress=progress, stop=stop
+            loaded,
+            out,
+            config,
+            statistics,
+            responses=responses,
+            overwrite=overwrite,
+            progress=progress,
+            stop=stop,
         )
     if result is None:
         print(f"Stopped; finished measurements are saved in {folder}.")

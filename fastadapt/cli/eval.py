@@ -14,7 +14,7 @@ from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import UserError
 from fastadapt.evaluation.comparison import Comparison, EvalConfig
-from fastadapt.evaluation.folder import PARTS, Part, opened, tables_of
+from fastadapt.evaluation.folder import PARTS, Part, clear, opened, tables_of
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig
 
@@ -45,7 +45,7 @@ def evaluate(
         parts: parts to measure: any of outputs, partial, speed, benchmarks; by default the first
             three, which need no network, and benchmarks if one of their settings is typed; parts
             measured before with the same runs and settings stay in eval.json
-        overwrite: remove the contents of --output first
+        overwrite: remove the contents of --output first, once the settings are checked
     """
     from fastadapt.evaluation.models_under_test import ModelSet
 
@@ -54,8 +54,9 @@ def evaluate(
         runs, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     chosen = default_parts(config) if parts is None else parts
-    with opened(folder, overwrite=overwrite) as out, stoppable() as (stop, progress):
-        result = Comparison(students, out, config, progress, stop).run(chosen)
+    with opened(folder) as out, stoppable() as (stop, progress):
+        comparison = Comparison(students, out, config, progress, stop)
+        result = comparison.run(chosen, overwrite=overwrite)
     if result is None:
         print(f"Stopped; finished measurements are saved in {folder}.")
         print(resume_hint(overwrite=overwrite))
@@ -108,7 +109,7 @@ def study(
         output: folder to write; by default study in the run
         paper: compare what arXiv 2602.20904 compares, in place of the settings --study.*
         dry_run: print the number of arms and responses, and end
-        overwrite: remove the contents of --output first
+        overwrite: remove the contents of --output first, once the settings are checked
     """
     from fastadapt.adapter.files import adapters_of
     from fastadapt.evaluation.models_under_test import ModelSet
@@ -143,7 +144,10 @@ def study(
                 print(prepared.cost().words)
                 return 0
             is_overwritten = overwrite
-            with opened(folder, overwrite=overwrite, contents=CONTENTS):
+            with opened(folder, contents=CONTENTS):
+                if overwrite:
+                    prepared.check()
+                    clear(folder)
                 say(prepared.cost().words)
                 result = prepared.run()
     if result is None:

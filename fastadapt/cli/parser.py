@@ -272,6 +272,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+#: Seconds that torchrun waits, after a signal, for a step and a checkpoint; its default is 30.
+SHUTDOWN_TIMEOUT = 600
+
+
 def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> str:
     """Return the command line that resumes `fastadapt COMMAND ARGV...` in the same shell."""
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
@@ -283,8 +287,13 @@ def _launcher() -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return []
     local, machines = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
-    several = ["--nnodes", machines] if machines != "1" else []
-    return ["torchrun", *several, "--nproc-per-node", local, "-m"]
+    options = ["--nnodes", machines] if machines != "1" else []
+    options += ["--nproc-per-node", local]
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if hasattr(LaunchConfig, "shutdown_timeout"):  # from torch 2.12 on
+        options += ["--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
+    return ["torchrun", *options, "-m"]
 
 
 def _program() -> str:

@@ -350,8 +350,9 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
         print_table(heads, rows)
         products = "whose products are dense" if stays_dense(config) else "with sparse codes"
         print(f"Layers are means over cutoffs, of adapters {products}.\n")
+    phase = "" if planned.peak_phase is None else f" in {planned.peak_phase},"
     print(
-        f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
+        f"Peak: {gb(planned.peak_bytes)},{phase} for sequences of up to "
         f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
     )
     name = device.name if gpus == 1 else f"each of {gpus} {device.name}"

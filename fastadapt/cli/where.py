@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "--generate": "let every hybrid answer questions: accuracy and length of the answers",
-    "--overwrite": "remove the contents of --output first",
+    "--overwrite": "remove the contents of --output first, once the settings are checked",
 }
 #: Fields without an option: those that only training uses, or that the command sets itself.
 SKIPPED = {
@@ -81,10 +81,10 @@ def where(argv: list[str]) -> int:
 
     quiet_transformers()
     with (
-        opened(folder, overwrite=overwrite, contents=CONTENTS) as out,
+        opened(folder, contents=CONTENTS) as out,
         stoppable() as (stop, progress),
     ):
-        result = locate(request, out, progress, stop)
+        result = locate(request, out, progress, stop, overwrite=overwrite)
     if result is None:
         print(f"Stopped; finished measurements are saved in {folder}.")
         print(resume_hint(overwrite=overwrite))

@@ -32,6 +32,7 @@ from fastadapt.evaluation.contrast.measure import Quantity, Reader, entropy_of, 
 from fastadapt.evaluation.contrast.places import (
     Place,
     Site,
+    WordSites,
     matched_places,
     rows_of,
     sites_of,
@@ -45,7 +46,7 @@ from fastadapt.evaluation.contrast.summary import Contrast, groups_of, kinds_of,
 from fastadapt.evaluation.contrast.unions import Union, interactions
 from fastadapt.evaluation.difference.texts import held_out_texts, left_out
 from fastadapt.evaluation.faithfulness.texts import Text
-from fastadapt.evaluation.folder import LOCK, present
+from fastadapt.evaluation.folder import LOCK, clear, present
 from fastadapt.evaluation.generation.responses import read_responses
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 from fastadapt.features.loading import RunContents
@@ -125,6 +126,7 @@ def contrast(
     statistics: BootstrapConfig,
     *,
     responses: str | None = None,
+    overwrite: bool = False,
     progress: Progress,
     stop: Event,
 ) -> dict[str, Any] | None:
@@ -137,6 +139,7 @@ def contrast(
         config: words, places and interventions.
         statistics: settings of the intervals.
         responses: file of the target's responses to read; None: the run's held-out data.
+        overwrite: remove the contents of the folder, once texts, words and sets are read.
         progress: called with (label, completed, total).
         stop: set it to stop after the current batch.
 
@@ -164,8 +167,12 @@ def contrast(
         draws=config.draws,
     )
     source = _source(run, responses) if config.places == "auto" else config.places
+    of_words = {i: word for word, each in words.items() for i in each}
+    positions = slip_places(texts, strings) if source == "slips" else word_sites(texts, of_words)
+    if overwrite:
+        clear(folder)
     reading = _Reading(run, texts, folder / "read", config.batch_tokens, progress, stop)
-    labelled = _labelled(reading, arms, source, config, strings, words)
+    labelled = _labelled(reading, arms, positions, config)
     if labelled is None:
         return None
     sets = [[i for each in words.values() for i in each]]
@@ -328,29 +335,25 @@ class _Labelled(NamedTuple):
 def _labelled(
     reading: _Reading,
     arms: Sequence[Arm],
-    source: Source,
+    positions: list[Place] | WordSites,
     config: ContrastConfig,
-    strings: Sequence[str],
-    words: Mapping[str, Sequence[int]],
 ) -> _Labelled | None:
     """Return the labelled positions with their matched positions; None if stopped."""
     (reader,) = next(arm.readers for arm in arms if arm.name == config.entropy)
     label, quantity = f"entropy of the {config.entropy}", entropy_of(reading.decoder)
-    if source == "slips":
-        places = slip_places(reading.texts, strings)
-        sites = sites_of(places)
+    if not isinstance(positions, WordSites):
+        sites = sites_of(positions)
         entropy = reading(reader, sites, quantity, label)
         if entropy is None:
             return None
-        n_matched = sum(len(place.matched) for place in places)
-        return _Labelled(places, sites, _by_site(sites, entropy), n_matched)
-    of_words = word_sites(reading.texts, {i: w for w, ids in words.items() for i in ids})
-    sites = sorted([*(site for site, _ in of_words.before), *of_words.others])
+        n_matched = sum(len(place.matched) for place in positions)
+        return _Labelled(positions, sites, _by_site(sites, entropy), n_matched)
+    sites = sorted([*(site for site, _ in positions.before), *positions.others])
     entropy = reading(reader, sites, quantity, label)
     if entropy is None:
         return None
     by_site = _by_site(sites, entropy)
-    places, same_text = matched_places(of_words, by_site, caliper=config.caliper, seed=config.seed)
+    places, same_text = matched_places(positions, by_site, caliper=config.caliper, seed=config.seed)
     return _Labelled(places, sites_of(places), by_site, same_text)
 
 

@@ -42,9 +42,9 @@ from fastadapt.evaluation.faithfulness.summary import (
     summarise_output,
     summarise_partial,
 )
-from fastadapt.evaluation.faithfulness.target_texts import TextsConfig, target_texts
+from fastadapt.evaluation.faithfulness.target_texts import TextsConfig, check_texts, target_texts
 from fastadapt.evaluation.faithfulness.texts import Text, answer_starts, batch_of, batches_of
-from fastadapt.evaluation.folder import PARTS, Part, read_part, write
+from fastadapt.evaluation.folder import PARTS, Part, clear, read_part, write
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
 from fastadapt.evaluation.models_under_test import ModelSet
@@ -102,12 +102,13 @@ class Comparison:
     progress: Progress
     stop: Event
 
-    def run(self, parts: Sequence[Part]) -> dict[str, Any] | None:
+    def run(self, parts: Sequence[Part], *, overwrite: bool = False) -> dict[str, Any] | None:
         """Measure the named parts of the evaluation, and write ``eval.json``, tables and plots.
 
         Args:
             parts: names of the parts. ``eval.json`` keeps other parts that were measured with the
                 same models and settings.
+            overwrite: remove the contents of the folder, once models and prompts are read.
 
         Returns:
             The contents of ``eval.json``; None if stopped before everything was measured.
@@ -120,8 +121,15 @@ class Comparison:
             raise UserError(f"--parts: expected one or more of {', '.join(PARTS)}, got none")
         if "benchmarks" in parts:  # fail before the other parts take hours
             checked_modes(self.models, self._benchmark_config())
+        reads_texts = not {"outputs", "partial"}.isdisjoint(parts)
+        if overwrite:
+            if reads_texts:
+                check_texts(self.models, self.config.texts)
+            for name in self.models.runs:
+                self.models.adapters(name)
+            clear(self.folder)
         sections: dict[str, Any] = {}
-        if {"outputs", "partial"} & set(parts):
+        if reads_texts:
             texts = target_texts(
                 self.models,
                 self.config.texts,

@@ -149,14 +149,11 @@ def present(
 
 
 @contextmanager
-def opened(
-    output: Path, *, overwrite: bool = False, contents: Sequence[str] = CONTENTS
-) -> Iterator[Path]:
+def opened(output: Path, *, contents: Sequence[str] = CONTENTS) -> Iterator[Path]:
     """Claim the folder of an evaluation for this process, and yield it.
 
     Args:
         output: the folder; created if absent.
-        overwrite: remove its contents first.
         contents: names of the entries that it may have.
 
     Raises:
@@ -170,7 +167,14 @@ def opened(
         raise workspace.foreign("holds files that are not an evaluation", foreign)
     with workspace.claimed(), workspace.disk_errors():
         sweep_tree(output)
-        for path in list(output.iterdir()) if overwrite else ():
-            if path.name != LOCK:
-                remove(path)
         yield output
+
+
+def clear(folder: Path) -> None:
+    """Remove the contents of a folder that :func:`opened` has claimed.
+
+    Call it after the checks of a command with ``--overwrite``, so that a mistake loses nothing.
+    """
+    for path in list(folder.iterdir()):
+        if path.name != LOCK:
+            remove(path)

@@ -31,6 +31,7 @@ from fastadapt.graphs.schema import (
 from fastadapt.graphs.targets import LogitTarget, logits_of
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import DocumentError, check, read_json
+from fastadapt.io.names import has_file
 
 
 def describe(
@@ -160,10 +161,10 @@ def write_graph(document: GraphFile, path: Path, *, overwrite: bool = False) -> 
     """Write a graph's file.
 
     Raises:
-        UserError: the file exists and ``overwrite`` is not set.
+        UserError: the file exists and ``overwrite`` is not set, or the path is a folder.
         RunError: the file cannot be written.
     """
-    if os.path.lexists(path) and not overwrite:
+    if has_file(path) and not overwrite:
         raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
     text = json.dumps(document, allow_nan=False)
     with disk_errors(path):

@@ -27,19 +27,19 @@ _STAGED_NAME = re.compile(re.escape(_STAGED) + "(.+)-[0-9a-f]{32}")
 
 
 @contextmanager
-def replacing(path: Path, *, last: str | None = None, follow_link: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a staged path beside ``path``, and replace ``path`` by it if the context succeeds.
 
-    The caller creates a file or a folder at the staged path. The order of syncs is: every file,
-    ``last`` after the others; every folder; the rename; the parent folder of ``path``.
+    The caller creates a file or a folder at the staged path. A file replaces no folder. The order
+    of syncs is: every file; every folder; the rename; the parent folder of ``path``.
 
     Args:
-        path: a file, a folder, or a path that does not exist. Its parent is a folder.
-        last: name of the file whose existence marks a folder as complete.
-        follow_link: replace the target of a link. By default the link itself is replaced.
+        path: a file, a folder, or a path that does not exist. Its parent is a folder. If it is a
+            link, the link itself is replaced.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written. ``path`` is unchanged.
+        OSError: the disk is full, the folder cannot be written, or a file would replace a folder.
+            ``path`` is unchanged.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -50,13 +50,12 @@ def replacing(path: Path, *, last: str | None = None, follow_link: bool = False)
         'new'
     """
     # A rename needs both names in the same real folder, so links of the parent are resolved.
-    whole = os.path.realpath(path)
-    path = Path(whole) if follow_link else Path(os.path.realpath(path.parent)) / path.name
+    path = Path(os.path.realpath(path.parent)) / path.name
     staged = staged_beside(path)
     try:
         yield staged
-        sync_tree(staged, last)
-        old = staged_beside(path) if path.is_dir() else None
+        sync_tree(staged)
+        old = staged_beside(path) if path.is_dir() and staged.is_dir() else None
         _swap(staged, path, old)
         if old is not None:
             remove(old, ignore_errors=True)  # the next sweep removes what this leaves

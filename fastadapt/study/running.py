@@ -17,6 +17,7 @@ from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
+    check_prompts,
     read_rows,
     response_keys,
     run_benchmarks,
@@ -98,6 +99,18 @@ class Study:
     config: StudyConfig
     progress: Callable[[str, int, int], None]
     stop: Event
+
+    def check(self) -> None:
+        """Check that the study can be run, and load the models, without reading its folder.
+
+        Raises:
+            UserError: a required package is not installed, data is missing, a prompt is longer than
+                the context, a selection is empty, or a model cannot be read.
+        """
+        sizes = self.students.sizes("target")
+        check_prompts(self.students.tokenizer, self._benchmarks(), sizes, "target")
+        arms_of(self.store, select(self.store, self.config), self.config)
+        self.students.adapters(RUN)
 
     def cost(self) -> Cost:
         """Return the numbers of arms, in all and measured, and of responses still to sample.

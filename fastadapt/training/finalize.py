@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt.adapter.files import CARD, write_adapters
-from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.adapter.files import CARD, PATTERNS, write_adapters
+from fastadapt.io.atomic import disk_errors, replacing, writing_folder
 from fastadapt.models.replacement import ModelPair
 from fastadapt.training import run_dir
 from fastadapt.training.config import TrainConfig
@@ -76,11 +76,7 @@ def write(
         "versions": versions()["versions"],
     }
     adapter = folder / run_dir.ADAPTER
-    with (
-        disk_errors(adapter, run_dir.RESUME_HINT),
-        replacing(adapter, last=CARD, follow_link=True) as staged,
-    ):
-        staged.mkdir()
+    with writing_folder(adapter, last=CARD, ours=PATTERNS, advice=run_dir.RESUME_HINT) as staged:
         write_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(adapter)}
     path = folder / run_dir.SUMMARY

@@ -245,7 +245,7 @@ def _check_contents(
         if not has_file(folder / CONFIG):
             raise UserError(f"--resume: {folder} holds no run; omit --resume to start one")
         _check_same_config(folder, config)
-    elif all(name in _WRITTEN for name in names):
+    elif not names:
         return  # empty, or the run was killed before its first write
     elif not _looks_like_a_run(folder):
         raise workspace.foreign("is not empty and does not look like a run", names)

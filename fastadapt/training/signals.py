@@ -88,8 +88,9 @@ def _memory_message(config: TrainConfig, reason: str, ranks: Ranks) -> str:
     from fastadapt.training.planning.estimate import gb, plan
 
     try:
-        planned = plan(config)
-        need = f"The planned peak is {gb(planned.peak_bytes)}: {planned.largest(4)}."
+        planned = plan(config, gpus=ranks.world, timed=False)  # no memory is left to time products
+        each = f" of each of {ranks.world} devices" if ranks.world > 1 else ""
+        need = f"The planned peak{each} is {gb(planned.peak_bytes)}: {planned.largest(4)}."
     except UserError as error:
         need = f"The memory could not be planned: {error}."
     first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"

@@ -331,7 +331,8 @@ def test_the_papers_run_is_planned_offline(
     assert (planned["tokens_per_sequence"], planned["steps"]) == (10_000, 50_000)
     assert planned["device"]["memory_bytes"] == 80 * 10**9
     assert planned["device"]["source"].startswith("data sheet")
-    assert planned["peak_bytes"] == max(planned["phases"].values()) < 76e9
+    peaks = [*planned["phases"].values(), *(each["peak_bytes"] for each in planned["recompute"])]
+    assert planned["peak_bytes"] == max(peaks) <= 76e9
     assert planned["fits"] is True
     assert planned["hours"] == pytest.approx(planned["steps"] * planned["step_s"] / 3600)
     assert planned["share"] is None  # a data sheet's rate: the time is a lower bound

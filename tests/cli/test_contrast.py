@@ -191,7 +191,11 @@ def test_impossible_requests(
     monkeypatch.chdir(tmp_path)
     empty = {"schema_version": 1, "name": "none", "adapter": "", "n_layers": 4, "n_features": 16}
     (tmp_path / "none.json").write_text(json.dumps({**empty, "made": "", "features": []}))
-    outcome = fastadapt("contrast", run, *FEW, *options)
+    earlier = run / "contrast" / "read" / "earlier"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("")
+    outcome = fastadapt("contrast", run, "--overwrite", *FEW, *options)
+    assert earlier.exists()
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.err.count("error: ") == 1

@@ -288,6 +288,33 @@ def test_what_cannot_be_evaluated_is_said_at_once(
     expect_error(arrange, message)
 
 
+def test_an_overwrite_that_cannot_run_removes_nothing(
+    runs: list[Path], tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
+    hours = tmp_path / "e" / "texts" / "hours.jsonl"
+    hours.parent.mkdir(parents=True)
+    hours.write_text("hours")
+    (tmp_path / "long.jsonl").write_text(json.dumps(long_row()) + "\n")
+    (runs[1] / "adapter" / "layer_0.safetensors").write_bytes(b"damaged")
+    tasks = ("--benchmarks.tasks", "[math500]", "--benchmarks.data", tmp_path)
+    for options, message in (
+        (("--parts", "[]"), "--parts: expected one or more"),
+        (("--parts", "[benchmarks]", *tasks), "no math500.jsonl"),
+        ((*OUTPUTS, "--texts.prompts", "gone.jsonl"), "gone.jsonl"),
+        ((*OUTPUTS, "--texts.prompts", tmp_path / "long.jsonl"), "context"),
+        (("--parts", "[speed]"), "layer_0.safetensors"),
+    ):
+        outcome = fastadapt("eval", *runs, "--output", tmp_path / "e", "--overwrite", *options)
+        assert outcome.code == 2
+        assert message in " ".join(outcome.err.split())
+        assert hours.read_text() == "hours"
+    outcome = fastadapt(
+        *("eval", runs[0], "--output", tmp_path / "e", "--overwrite", *OUTPUTS, *QUICK)
+    )
+    assert outcome.code == 0, outcome.err
+    assert not hours.exists()
+
+
 def test_an_adapter_of_another_pair(runs: list[Path], fastadapt: Callable[..., Any]) -> None:
     from fastadapt.organism import resolve
 

@@ -45,6 +45,11 @@ def test_a_graph_and_its_tables(run: Path, fastadapt: Callable[..., Any]) -> Non
     again = fastadapt("graph", run, PROMPT, "--token", "4", "--against", "5", *SMALL)
     assert again.code == 2
     assert "exists. Replace it (--overwrite)" in again.err
+    for overwrite in ((), ("--overwrite",)):
+        again = fastadapt("graph", run, PROMPT, *SMALL, "--output", run / "graphs", *overwrite)
+        assert again.code == 2
+        assert "graphs is a folder; expected a file" in " ".join(again.err.split())
+    assert json.loads(file.read_text()) == document
 
 
 def test_the_default_question(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:

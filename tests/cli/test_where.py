@@ -161,7 +161,12 @@ def test_bad_requests_get_one_clear_error(
     trusted = {"pair": {**values["pair"], "trust_remote_code": True}}
     (tmp_path / "TRUSTED").write_text(yaml.safe_dump(trusted))
     words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in argv]
-    outcome = fastadapt("where", *words, *(["--output", tmp_path / "out"] * ("FULL" not in argv)))
+    earlier = tmp_path / "out" / "parts" / "earlier"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("")
+    words += ["--output", str(tmp_path / "out")] * ("FULL" not in argv)
+    outcome = fastadapt("where", *words, "--overwrite")
+    assert earlier.exists()
     assert outcome.code == 2
     assert outcome.err.count("error: ") == 1
     assert re.search(message, " ".join(outcome.err.split()))

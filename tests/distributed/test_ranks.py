@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,11 +57,15 @@ def test_the_reason_of_a_lost_rank_is_one_sentence() -> None:
 def test_the_resume_command_starts_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", 8), ("LOCAL_WORLD_SIZE", 4), ("GROUP_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    assert resume_command(["organism", "--overwrite"]) == (
-        "torchrun --nnodes 2 --nproc-per-node 4 -m fastadapt train organism --resume"
-    )
+    torch_2_11 = SimpleNamespace()
+    torch_2_12 = SimpleNamespace(shutdown_timeout=None)
+    for launcher, option in ((torch_2_11, ""), (torch_2_12, "--shutdown-timeout 600 ")):
+        monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", launcher)
+        assert resume_command(["organism", "--overwrite"]) == (
+            f"torchrun --nnodes 2 --nproc-per-node 4 {option}-m fastadapt train organism --resume"
+        )
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert resume_command(["organism"]) == (
-        "torchrun --nproc-per-node 4 -m fastadapt train organism --resume"
+        "torchrun --nproc-per-node 4 --shutdown-timeout 600 -m fastadapt train organism --resume"
     )

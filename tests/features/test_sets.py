@@ -88,6 +88,11 @@ def test_a_set_is_saved_and_listed(store: Store) -> None:
     with pytest.raises(UserError, match="has a set 'mine' already"):
         save_set(store, feature_set((0, 0)), "mine")
     save_set(store, feature_set((0, 0)), "mine", overwrite=True)
+    (path.parent / "folder.json").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is a folder; expected a file"):
+            save_set(store, a, "folder", overwrite=overwrite)
+    (path.parent / "folder.json").rmdir()
     save_set(store, a, "another")
     assert names_of_sets(store) == ["another", "mine"]
     assert list_sets(store)[0] == {

@@ -41,6 +41,10 @@ def test_a_graph_is_read_as_written(document: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exists\. Replace it \(--overwrite\)"):
         write_graph(document, path)
     write_graph(document, path, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is a folder; expected a file"):
+            write_graph(document, path.parent, overwrite=overwrite)
+    assert read_graph(path) == read
 
     assert len(read["rows"]) == 6
     for row in read["rows"]:

@@ -101,10 +101,16 @@ def disturb(folder: Path) -> Callable[..., dict]:
 
 
 @pytest.mark.slow
-def test_the_end_of_training(trained: Path, recipe: Path, folder: Path, disturb: Callable) -> None:
-    before = folder / "before"
+@pytest.mark.parametrize("has_others", [False, True])
+def test_the_end_of_training(
+    trained: Path, recipe: Path, folder: Path, disturb: Callable, has_others: bool
+) -> None:
+    before = folder / f"before-{has_others}"
     shutil.copytree(trained, before / "run", ignore=shutil.ignore_patterns("features"))
-    shutil.rmtree(before / "run" / "adapter")
+    if has_others:
+        (before / "run" / "adapter" / "notes.md").write_text("mine")
+    else:
+        shutil.rmtree(before / "run" / "adapter")
     for name in ("summary.json", "report.html"):
         (before / "run" / name).unlink()
     times = ("run/metrics.jsonl", "run/summary.json", "run/report.html")

@@ -223,11 +223,13 @@ def test_what_is_written_takes_the_place_of_a_link(folder: Path) -> None:
     assert (folder.parent / "secret").read_text() == "precious"
 
 
-def test_a_link_is_followed_where_that_is_wanted(folder: Path) -> None:
-    with replacing(folder / "link", follow_link=True) as staged:
+def test_a_file_replaces_no_folder(folder: Path) -> None:
+    (folder / "plots").mkdir()
+    (folder / "plots" / "thesis.tex").write_text("years")
+    with pytest.raises(IsADirectoryError), replacing(folder / "plots") as staged:
         staged.write_text("new")
-    assert (folder / "link").is_symlink()
-    assert (folder.parent / "secret").read_text() == "new"
+    assert (folder / "plots" / "thesis.tex").read_text() == "years"
+    assert sorted(path.name for path in folder.iterdir()) == ["link", "plots"]
 
 
 def test_a_sweep_removes_a_link_and_not_what_it_leads_to(folder: Path) -> None:

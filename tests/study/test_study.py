@@ -153,6 +153,31 @@ def test_a_stopped_study_prints_how_to_resume(
     assert f"Re-run the same command{option} to resume." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--benchmarks.hesitation_words", "[never]"), "is empty"),
+        (("--benchmarks.tasks", "[math500]", "--benchmarks.data", "."), "no math500.jsonl"),
+    ],
+)
+def test_an_overwrite_that_cannot_run_removes_nothing(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "out" / "benchmarks" / "earlier"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("")
+    command = ["study", str(run), "--output", str(tmp_path / "out"), "--overwrite"]
+    assert main([*command, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert earlier.exists()
+
+
 def test_the_cost_is_said_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The store was collected with other settings than the defaults."""
     command = ["study", str(run), "--dry-run", "--benchmarks.repetitions", "2"]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastadapt.cli.train import find_config, preset_names, read_yaml
+from fastadapt.cli.train import _print_plan, find_config, preset_names, read_yaml
 from fastadapt.errors import UserError
+from fastadapt.models.recompute import POLICIES
 from fastadapt.training import trainer
 from fastadapt.training.config import TrainConfig, from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
-from fastadapt.training.planning.estimate import count_steps, expected_l0, gb, plan
+from fastadapt.training.planning import estimate
+from fastadapt.training.planning.estimate import (
+    RecomputeEstimate,
+    count_steps,
+    expected_l0,
+    gb,
+    plan,
+)
 from fastadapt.training.planning.memory import step_memory
 
 
@@ -146,10 +156,26 @@ def test_steps(tiny_config: Callable[..., TrainConfig]) -> None:
 
 def test_sizes_as_text(tiny_config: Callable[..., TrainConfig]) -> None:
     planned = plan(tiny_config())
-    assert planned.peak_bytes == planned.phases[planned.peak_phase]
+    assert planned.peak_bytes == planned.phases[planned.peak_phase or ""]
     assert planned.largest(2).count("MB") == 2
     assert gb(3 * 10**9) == "3.00 GB"
     assert gb(5 * 10**6) == "5.0 MB"
+
+
+def test_the_peak_is_the_largest_number_of_the_plan(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    planned = plan(tiny_config())
+    counts = dict.fromkeys(POLICIES, 1.0)
+    for change, phase in ((-1, f" in {planned.peak_phase},"), (10**9, "")):
+        row = RecomputeEstimate(9, counts, planned.peak_bytes + change)
+        changed = dataclasses.replace(planned, recompute=[row])
+        largest = max(*changed.phases.values(), row.peak_bytes)
+        assert changed.peak_bytes == largest
+        assert (changed.peak_phase is None) == (phase == "")
+        monkeypatch.setattr(estimate, "plan", lambda *_, changed=changed: changed)
+        _print_plan(tiny_config(), None, 1, as_json=False)
+        assert f"Peak: {gb(largest)},{phase} for sequences of up to" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from same_run import assert_same_run, into, records, stop_after
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.training import trainer
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, save_config
@@ -161,7 +162,13 @@ def test_resuming_a_finished_run_changes_nothing(
     first = train(config)
     before = records(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
+    others = [tmp_path / "run" / "adapter" / name for name in ("features/a", "notes.md")]
+    others[0].parent.mkdir()
+    for other in others:
+        other.write_text("mine")
     second = train(config, resume=True)
+    assert [other.read_text() for other in others] == ["mine", "mine"]
+    assert load_adapters(tmp_path / "run" / "adapter")
     assert records(tmp_path / "run") == before
     assert (tmp_path / "run" / "summary.json").is_file()
     assert {**second, "wall_s": 0} == {**first, "wall_s": 0}

@@ -74,6 +74,59 @@ def test_a_folder_that_is_no_run_is_never_touched(
     assert (folder / "config.yaml").read_text() == "mine: too"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "report.html"])
+def test_a_file_with_the_name_of_a_runs_makes_no_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("years")
+    config = tiny_config(**{"run.output": str(folder)})
+    for overwrite in (False, True):
+        with (
+            pytest.raises(UserError, match="does not look like a run"),
+            open_run(config, resume=False, overwrite=overwrite),
+        ):
+            raise AssertionError("never reached")
+    assert (folder / name).read_text() == "years"
+
+
+def test_a_killed_overwrite_leaves_a_run(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill before any removal, or before the new configuration is in place."""
+    config = tiny_config()
+    folder = begin(config)
+    removed: list[Path] = []
+
+    class Killed(BaseException):
+        pass
+
+    def kill(after: int) -> None:
+        def remove(path: Path) -> None:
+            if len(removed) == after:
+                raise Killed
+            removed.append(path)
+            path.unlink()
+
+        monkeypatch.setattr("fastadapt.io.workspace.remove", remove)
+
+    names = ("adapter/layer_0.safetensors", "metrics.jsonl", "summary.json", "report.html")
+    for after in range(len(names) + 1):
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("")
+        removed.clear()
+        kill(after)
+        with open_run(config, resume=False, overwrite=True):
+            if after < len(names):
+                with pytest.raises(Killed):
+                    start_afresh(folder, config)
+            else:
+                start_afresh(folder, config)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.yaml"]
+
+
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

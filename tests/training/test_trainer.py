@@ -29,6 +29,7 @@ from fastadapt.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.optimizer import learning_rate
+from fastadapt.training.planning.estimate import gb, plan
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.signals import out_of_memory_explained, stop_on_signals
 from fastadapt.training.trainer import train
@@ -521,6 +522,32 @@ def test_out_of_memory_sends_to_resume_only_with_settings_that_resume_accepts(
         named = set(re.findall(r"--([a-z]+\.[a-z_]+) ", resumed))
         assert named == expected <= FREE_ON_RESUME
         assert not {*re.findall(r"[a-z]+\.[a-z_]+", anew)} & FREE_ON_RESUME
+
+
+def test_the_plan_after_out_of_memory_is_that_of_the_ranks(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
+    config = tiny_config(**{"optimizer.accumulation": 4})
+    with pytest.raises(RunError) as caught, out_of_memory_explained(config, Ranks(0, 4)):
+        raise MemoryError
+    planned = plan(config, gpus=4)
+    assert planned.largest(4) != plan(config).largest(4)
+    need = f"{gb(planned.peak_bytes)}: {planned.largest(4)}."
+    assert f"The planned peak of each of 4 devices is {need}" in str(caught.value)
+
+
+def test_the_plan_after_out_of_memory_needs_no_memory_of_the_device(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured_rate(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB.")
+
+    monkeypatch.setattr("fastadapt.training.planning.devices.measured_rate", measured_rate)
+    with (
+        pytest.raises(RunError, match="The planned peak is"),
+        out_of_memory_explained(tiny_config(), Ranks()),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB.")
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(

@@ -99,7 +99,7 @@ def graph(
     from fastadapt.graphs.explain import needs_target_mlps
     from fastadapt.graphs.linear.trace import check_stream
     from fastadapt.graphs.places import PlaceConfig
-    from fastadapt.io.names import typed_path
+    from fastadapt.io.names import has_file, typed_path
 
     check_stream(stream, base_set is not None)
     question = Question(token, against if responses is None else None, feature, direction, position)
@@ -155,7 +155,7 @@ def graph(
     folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
     if prompt is not None:
         path = folder if output is not None else folder / work.name(prompt, question)
-        if path.exists() and not overwrite:
+        if has_file(path) and not overwrite:  # raises for a folder
             raise UserError(f"{path} exists. {_REPLACE}")
         work.explain(prompt, question, path)
     elif prompts is not None:

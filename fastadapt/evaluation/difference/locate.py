@@ -37,7 +37,7 @@ from fastadapt.evaluation.difference.shares import summarise
 from fastadapt.evaluation.difference.texts import held_out_texts, left_out, typed_text
 from fastadapt.evaluation.difference.weights import weight_changes
 from fastadapt.evaluation.faithfulness.texts import Text, regions_of
-from fastadapt.evaluation.folder import LOCK, present
+from fastadapt.evaluation.folder import LOCK, clear, present
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.evaluation.statistics import BootstrapConfig
@@ -120,7 +120,12 @@ class WhereRequest:
 
 
 def locate(
-    request: WhereRequest, folder: Path, progress: Progress, stop: Event
+    request: WhereRequest,
+    folder: Path,
+    progress: Progress,
+    stop: Event,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Measure where target and base differ; write ``where.json``, tables, plots and a page.
 
@@ -130,6 +135,7 @@ def locate(
             :data:`CONTENTS`.
         progress: called with (label, completed, total).
         stop: set it to stop after the current batch.
+        overwrite: remove the contents of the folder, once models and texts are read.
 
     Returns:
         The contents of ``where.json``; None if stopped before everything was measured.
@@ -148,6 +154,8 @@ def locate(
     texts = _texts(request, models)
     weights = ModelSet(models.pair.config, {}, {}).fingerprint("target")
     fingerprint = f"{weights} {models.pair.target.config._attn_implementation}"
+    if overwrite:
+        clear(folder)
     measured = measure(
         models,
         texts,

@@ -222,7 +222,7 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
     path = _path(store, name)
     _check_of(store, features.not_empty())
     with writing(store.folder):
-        if path.exists() and not overwrite:
+        if has_file(path) and not overwrite:
             raise UserError(
                 f"{store.folder} has a set {name!r} already. Replace it (--overwrite), or give "
                 "another name."

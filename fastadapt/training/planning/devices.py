@@ -57,19 +57,20 @@ DATA_SHEETS = {
 }
 
 
-def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
+def planned_device(gpu: str | None, kind: str, dtype: torch.dtype, *, timed: bool = True) -> Device:
     """Return the GPU ``gpu``; without a name, this machine's device of type ``kind``, or an H100.
 
     Args:
         gpu: a key of :data:`DATA_SHEETS`, or None.
         kind: ``cuda`` or ``cpu``, the device type that the run uses; ignored if ``gpu`` is given.
         dtype: dtype of the products.
+        timed: measure the rate of this machine's device.
 
     Raises:
         UserError: ``gpu`` has no data sheet here, or ``dtype`` is wider than its rate applies to.
     """
     if gpu is None and (kind == "cpu" or torch.cuda.is_available()):
-        return this_device(kind, measured_rate(kind, dtype))
+        return this_device(kind, measured_rate(kind, dtype)) if timed else this_device(kind)
     name = (gpu or "h100").lower()
     if name not in DATA_SHEETS:
         raise UserError(f"--gpu: expected one of {', '.join(DATA_SHEETS)}, got {name!r}")

@@ -61,7 +61,8 @@ class ResourceEstimate:
             depends on layer and batch.
         recompute: policies for the longest and the median batch; empty unless they are ``auto``.
         parts: bytes by part, each at its own largest.
-        phases: bytes alive at the worst moment of each phase of a step.
+        phases: bytes alive at the worst moment of each phase of a step of the longest sequence, at
+            cutoff 1.
         tokens_per_sequence: tokens of the longest sequence, without padding; ``data.max_tokens`` if
             the data were not read.
         mean_tokens: mean tokens of a sequence; assumed if the data were not read.
@@ -88,13 +89,13 @@ class ResourceEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes alive at the worst moment of a step."""
-        return max(self.phases.values())
+        """Bytes alive at the worst moment of a step: the most of ``phases`` and ``recompute``."""
+        return max(*self.phases.values(), *(each.peak_bytes for each in self.recompute))
 
     @property
-    def peak_phase(self) -> str:
-        """The phase with the most bytes alive."""
-        return max(self.phases, key=lambda name: self.phases[name])
+    def peak_phase(self) -> str | None:
+        """The phase with the most bytes alive; None if an entry of ``recompute`` has more."""
+        return next((name for name in self.phases if self.phases[name] == self.peak_bytes), None)
 
     @property
     def fits(self) -> bool:
@@ -129,7 +130,9 @@ class Prediction:
     hours: float
 
 
-def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> ResourceEstimate:
+def plan(
+    config: TrainConfig, gpu: str | None = None, gpus: int = 1, *, timed: bool = True
+) -> ResourceEstimate:
     """Estimate the resources of a run, without reading weights.
 
     Args:
@@ -137,6 +140,8 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         gpu: GPU to plan for, a key of :data:`fastadapt.training.planning.devices.DATA_SHEETS`; by
             default this machine's device.
         gpus: number of GPUs that share the run.
+        timed: measure the rate of this machine's device, which takes memory and half a second; else
+            its rate is NaN.
 
     Raises:
         UserError: a model's configuration cannot be read, the two models are not a pair, no run
@@ -156,7 +161,8 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         )
     Sources.find(config.pair).check_differ()
     target = _target(config)
-    device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
+    dtype = DTYPES[config.pair.dtype]
+    device = planned_device(gpu, device_kind(config, gpu), dtype, timed=timed)
     steps, tokens, longest, mean, median = _count_data(config, target)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
