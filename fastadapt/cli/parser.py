@@ -118,7 +118,7 @@ class Typed:
 
     option: str | None = None
     flags: bool = False
-    skip: Mapping[str, set[str]] = dataclasses.field(default_factory=dict)
+    skip: Mapping[str, set[str]] = dataclasses.field(default_factory=dict, hash=False)
 
 
 class Command:

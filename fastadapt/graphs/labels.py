@@ -88,7 +88,7 @@ def strongest_paths(graph: Graph, document: GraphFile, n: int) -> list[tuple[flo
 
     def number(leaf: int) -> int:
         place = (int(leaves.layer[leaf]), int(leaves.position[leaf]), int(leaves.feature[leaf]))
-        return numbers[(KINDS[int(leaves.kind[leaf])], *place)]
+        return numbers[KINDS[int(leaves.kind[leaf])], place[0], place[1], place[2]]
 
     return [(strength, [number(leaf) for leaf in path]) for strength, path in graph.paths(n)]
 

@@ -208,8 +208,7 @@ def test_the_allocator_of_a_run(variable: str | None, monkeypatch: pytest.Monkey
 
 def test_extras_are_listed_with_what_needs_them(fastadapt: Callable[..., Any]) -> None:
     """Every extra of pyproject.toml that a user may need, and no other."""
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {
         extra: tuple(re.split(r"[\[<>=!~]", line)[0] for line in lines)
