@@ -685,6 +685,13 @@ def test_an_adapter_on_the_hub_may_have_a_config_of_its_base(
     shutil.copy(Path(base) / "model.safetensors", target)
     cached("me/whole", target)
     assert find_peft("me/whole", None) is None
+    # transformers would load the adapter over its base, and never the whole model's weights.
+    for file in Path(base).glob("*token*"):
+        shutil.copy(file, target)
+    cached("me/both", target)
+    for pair in (("me/both", base), (base, "me/both")):
+        with pytest.raises(UserError, match=r"me/both: adapter_config.json stands beside the"):
+            load(*pair)
 
 
 def test_a_hub_out_of_reach(
