@@ -62,7 +62,17 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
         _broadcast(block, ranks, device)
         # A layer is called up to three times in a row, so a call must not reshard the block:
         # ReplacementModel.reshard_layer does.
-        unit = fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        # Frozen weights of more bits, as DoRA's gains, stay whole: the policy would round them.
+        wider = {
+            p for p in block.parameters() if not p.requires_grad and p.itemsize > dtype.itemsize
+        }
+        unit = fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=False,
+            mp_policy=policy,
+            ignored_params=wider,
+        )
         # The weights of micro-batches add up to 1 over all ranks: the sum needs no division.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

@@ -56,7 +56,8 @@ def portable(value: Any) -> Any:
 
 def _without_paths(text: str) -> str:
     home = _home()
-    text = text.replace(home, "~") if home else text  # a home folder's name may have spaces
+    if home:  # whose name may have spaces; /root is in /root/a, but not in ann/root-7b
+        text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
     if _PATH.match(text):
         return _name(text)
     return _PATH.sub(lambda match: _name(match[0]), text)

@@ -197,7 +197,7 @@ class ModelPair:
                 ``target``. Those of a PEFT target, which shares its base's, are loaded in any case.
 
         Raises:
-            PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
+            PairMismatchError: architecture or a size differs; the vocabulary and the tokenizer may.
             UserError: a source cannot be read or lacks a weight.
         """
         sources = Sources.find(config)

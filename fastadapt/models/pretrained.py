@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
@@ -94,6 +94,9 @@ _STORED = ("F64", "F32", "BF16", "F16")
 #: Files with a checkpoint's weights or its shard index; transformers prefers the first.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
+#: Names of the embedding and the head in a causal language model.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 #: Files of which a folder with a tokenizer has at least one.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -129,7 +132,8 @@ def reading(role: str, source: str) -> Iterator[None]:
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
     """Return transformers' configuration of a local folder or hub id.
 
-    For a multimodal model, this is the configuration of its text model.
+    For a multimodal model, this is the configuration of its text model. A stored head that differs
+    from the embedding is not tied to it, whatever ``config.json`` says.
 
     The attention implementation is cleared and left to the caller: in ``config.json`` it can name
     code on the hub, which transformers would run even without ``trust``.
@@ -163,10 +167,46 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
             "the key"
         )
-    config = text_config(config)
+    config = text_config(config, file is None or "tie_word_embeddings" in keys)
+    if getattr(config, "tie_word_embeddings", False) and _has_own_head(source, revision):
+        config.tie_word_embeddings = False
     config._attn_implementation = config._experts_implementation = None
     config._commit_hash = commit_of(file)
     return config
+
+
+def _has_own_head(source: str, revision: str | None) -> bool:
+    """Return whether weights on this machine have a head that differs from the embedding.
+
+    Nothing is downloaded. What is wrong with the weights is reported when they are loaded.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(source: str, name: str, revision: str | None) -> Path | None:
+        path = cached_file(
+            source,
+            name,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if path is None else Path(path)
+
+    both = []
+    try:
+        files = _tensor_names(_tensor_files(source, revision, find))
+        stored = {name: place for place, name in text_names(files, source).items()}
+        if not {_EMBEDDING, _HEAD} <= stored.keys():
+            return False
+        for place in (stored[_EMBEDDING], stored[_HEAD]):
+            with reading("model", source), safe_open(files[place], framework="pt") as file:
+                both.append(file.get_tensor(place))
+    except UserError:
+        return False
+    embedding, head = both
+    return embedding.itemsize > 1 and not same_bits(embedding, head)
 
 
 def commit_of(file: Path | None) -> str | None:
@@ -320,15 +360,15 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
 
     Raises:
         UserError: the weights or a shard are missing, an index names a file outside its folder, a
-            tensor is quantised, or the folder holds a PEFT adapter, which transformers would read
-            instead of the weights.
+            tensor is quantised, or the source holds a PEFT adapter, too, which transformers would
+            read instead of the weights.
     """
     files = _tensor_files(source, revision)
-    if (Path(source) / "adapter_config.json").is_file():
+    if fetch(source, "adapter_config.json", revision) is not None:
         raise UserError(
             f"{source}: adapter_config.json stands beside the weights, so transformers would load "
             "the PEFT adapter and the model that it names instead. Merge the adapter and delete "
-            "this file"
+            "this file; of a hub repository, give a folder of its other files (hf download)"
         )
     for path in files.values():
         with reading("model", str(path)), open_tensors(path) as file:
@@ -372,12 +412,14 @@ def stored_tensors(source: str, revision: str | None) -> dict[str, Stored]:
     }
 
 
-def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
+def _tensor_files(
+    source: str, revision: str | None, find: Callable[..., Path | None] = fetch
+) -> dict[str, Path]:
     whole, shards = WEIGHT_FILES
-    single = fetch(source, whole, revision)
+    single = find(source, whole, revision)
     if single is not None:
         return {whole: single}
-    index = fetch(source, shards, revision)
+    index = find(source, shards, revision)
     if index is None:
         raise UserError(
             f"{source}: no model.safetensors found; only safetensors checkpoints are read"
@@ -386,7 +428,7 @@ def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     files = {}
     for name in names:
         check_name(name, f"{index}: weight_map")
-        file = fetch(source, name, revision)
+        file = find(source, name, revision)
         if file is None:
             raise UserError(
                 f"{source}: shard {name!r}, which the index names, is missing; download it again"

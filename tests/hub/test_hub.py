@@ -23,6 +23,7 @@ from fastadapt import AdapterConfig, RunError, TranscoderAdapter, UserError, sav
 from fastadapt.adapter.files import CARD
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.hub.names import is_local
+from fastadapt.hub.paths import portable
 from fastadapt.hub.push import push
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene, named_features
@@ -492,3 +493,12 @@ def test_the_hub_is_that_of_the_environment(run: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == server.repositories["ann/run"].head
+
+
+def test_a_home_folder_inside_a_name_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    names = ["acme/root-7b", "acme/rootbeer", "https://a.org/root/b", "a/root", "ann/root.b"]
+    assert portable(names) == names
+    paths = ["/root/held out.jsonl", "see /root.", "in (/root)", "/root-7b/a", "~/root/b"]
+    assert portable(paths) == ["held out.jsonl", "see ~.", "in (~)", "a", "b"]
+    assert portable("/root") == "~"

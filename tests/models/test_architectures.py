@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from multimodal import OLDER, TEXT, multimodal_model, save_older
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fastadapt import serving
@@ -20,6 +21,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.generation.sampling import choose_batching
 from fastadapt.models.architectures import ARCHITECTURES, MULTIMODAL, check_supported
 from fastadapt.models.block_inputs import Unread
+from fastadapt.models.pretrained import model_config
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.models.sources.text_tower import text_prefixes
 
@@ -123,6 +125,58 @@ def test_an_export_of_a_multimodal_pair_is_its_text_model(
     with loaded.mode("hybrid"):
         assert largest(model, "replacement", loaded) > 1e-2
         assert largest(model, "hybrid", loaded) < 1e-10
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    """Set keys of a ``config.json``; None removes a key."""
+    path = folder / "config.json"
+    changed = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not None}))
+
+
+@pytest.mark.parametrize("architecture", ["mistral3", "internvl", "llama"])
+@pytest.mark.parametrize("said", [None, True])
+def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(
+    architecture: str,
+    said: bool | None,
+    save_multimodal: Callable[..., list[Path]],
+    save_model: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """The default of Mistral 3 and InternVL is tied; mergers of adapters leave True behind."""
+    if architecture == "llama":
+        target, base = (Path(save_model(n, i, "llama")) for i, n in enumerate("tb"))
+    else:
+        target, base = save_multimodal(architecture)
+    change_config(target, tie_word_embeddings=said)
+    model = pair_of(target, base)
+    empty = ModelPair.load(model.pair.config, into=torch.device("meta"))
+    embedding, head = empty.target.get_input_embeddings(), empty.target.get_output_embeddings()
+    assert embedding.weight is not head.weight
+    assert not empty.target.config.tie_word_embeddings
+    assert (
+        model.model.get_output_embeddings().weight is not model.model.get_input_embeddings().weight
+    )
+    save_adapters(model.adapters, tmp_path / "adapter")
+    folder = tmp_path / "exported"
+    serving.export(tmp_path / "adapter", folder, target=str(target), base=str(base))
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_weights_that_are_not_here_are_not_asked_for_the_head(
+    save_multimodal: Callable[..., list[Path]], save_model: Callable[..., str]
+) -> None:
+    """A plan reads configurations alone; the text model's decides where the outer has no entry."""
+    target, _ = save_multimodal("mistral3")
+    change_config(target, tie_word_embeddings=None)
+    (target / "model.safetensors").unlink()
+    assert not model_config(str(target), None, trust=False).tie_word_embeddings
+    # A head with the embedding's bits is tied.
+    tied = Path(save_model("tied", 0, "llama", tie_word_embeddings=True))
+    tensors = load_file(tied / "model.safetensors")
+    same = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": same}, tied / "model.safetensors", {"format": "pt"})
+    assert model_config(str(tied), None, trust=False).tie_word_embeddings
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -58,6 +58,35 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"tie_word_embeddings": True},
     ),
     "biases": ({"bias": "all"}, {"mlp_bias": True}),
+    "saved MLP weights": (
+        {"modules_to_save": ["down_proj"], "target_modules": ["q_proj", "up_proj"]},
+        {},
+    ),
+    "saved MLPs": ({"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}, {}),
+    "dora of the embedding": (
+        {"use_dora": True, "target_modules": ["gate_proj", "embed_tokens", "lm_head"]},
+        {},
+    ),
+    "tied, saved head": ({"modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True}),
+    "tied, low-rank head": (
+        {"target_modules": ["gate_proj", "lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "tied, equal low-rank parts": (
+        {"target_modules": ["gate_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"tie_word_embeddings": True},
+    ),
+    "tied, other tokens": (
+        {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [5]}},
+        {"tie_word_embeddings": True},
+    ),
+}
+#: Kinds whose parts of embedding and head peft would merge into one tied weight.
+MERGED_TWICE = {
+    "tied embedding, in part",
+    "tied, low-rank head",
+    "tied, equal low-rank parts",
+    "tied, other tokens",
 }
 
 
@@ -104,6 +133,9 @@ ALL += [("phi3", "lora"), ("phi3", "dora")]  # one layer for q, k and v, and one
     "llama-dora",
     "llama-saved modules",
     "llama-tokens, tied",
+    "llama-dora of the embedding",
+    "llama-tied, equal low-rank parts",
+    "llama-tied, other tokens",
     "qwen2-lora",
     "gemma2-dora",
     "phi3-lora",
@@ -122,9 +154,11 @@ def test_a_peft_target_equals_the_merged_checkpoint(
     logits = wrapped(ids).logits
     got = load(target, base).target(ids).logits
     torch.testing.assert_close(got, logits, rtol=1e-10, atol=1e-10)
-    if kind == "tied embedding, in part":
-        return  # peft would merge the embedding's part into the head too
-    merged = wrapped.merge_and_unload()
+    if kind in MERGED_TWICE:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about tied weights
+        merged = wrapped.merge_and_unload()
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     merged.config.tie_word_embeddings = embedding.weight is head.weight
     merged.save_pretrained(tmp_path / "merged")
@@ -148,8 +182,12 @@ def test_base_weights_are_in_memory_once(kind: str, save_peft: Callable[..., Any
     folder = find_peft(target, None)
     assert folder is not None
     low_rank = 8 * sum(torch.Size(shape).numel() for shape in folder.shapes.values())
-    assert bytes_of(pair.target, pair.base_mlps) <= 1.03 * (bytes_of(whole(base)) + low_rank)
-    matrices = [name for name, p in pair.base_mlps.named_parameters() if p.ndim > 1]
+    head = pair.target.get_output_embeddings().weight.nbytes * folder.unties()
+    assert bytes_of(pair.target, pair.base_mlps) <= 1.03 * (bytes_of(whole(base)) + low_rank + head)
+    saved = ("down_proj.weight",) if kind == "saved MLP weights" else ()
+    saved = ("weight",) if kind == "saved MLPs" else saved
+    named = pair.base_mlps.named_parameters()
+    matrices = [name for name, p in named if p.ndim > 1 and not name.endswith(saved)]
     assert pair.shared_mlps == matrices
     # Ranks other than 0 build the pair without values.
     empty = ModelPair.load(pair.config, into=torch.device("meta"))
@@ -189,10 +227,13 @@ def test_magnitudes_of_dora_are_not_rounded_to_16_bits(
         assert error < (1e-3 if dtype == "bfloat16" else 1e-6), name
 
 
-@pytest.mark.quick("lora")
-@pytest.mark.parametrize("kind", ["lora", "dora", "saved modules"])
+@pytest.mark.quick("lora", "saved MLP weights", "tied, low-rank head")
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "dora", "saved modules", "saved MLP weights", "saved MLPs", *sorted(MERGED_TWICE)],
+)
 def test_the_plan_counts_them_once(kind: str, save_peft: Callable[..., Any]) -> None:
-    target, base, _ = save_peft("llama", KINDS[kind][0])
+    target, base, _ = save_peft("llama", *KINDS[kind])
     pair = load(target, base)
     values = {
         "pair": {"target": target, "base": base, "dtype": "float64", "device": "cpu"},
@@ -320,6 +361,35 @@ def test_added_tokens_need_their_rows(save_peft: Callable[..., Any]) -> None:
         ids = torch.tensor([[3, 45, 63]])
         torch.testing.assert_close(pair.target(ids).logits, wrapped(ids).logits)
         assert pair.target.config.vocab_size == 64
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_that_are_trained_by_index(tied: bool, save_peft: Callable[..., Any]) -> None:
+    """With its default settings, peft saves the whole embedding, too, and a tied head's tokens."""
+    _, base, _ = save_peft("llama", {}, {"tie_word_embeddings": tied})
+    model = whole(base)
+    model.resize_token_embeddings(48, mean_resizing=False)
+    wrapped = adapted(model, {"trainable_token_indices": [40, 41]})
+    target = f"{base}-tokens"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(target)
+    ids = torch.tensor([[3, 40, 41, 45]])
+    torch.testing.assert_close(load(target, base).target(ids).logits, wrapped(ids).logits)
+    if tied:  # a head with tokens of its own is another target
+        file = Path(target) / "adapter_model.safetensors"
+        head = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+        tensors = load_file(file)
+        save_file({**tensors, head: tensors[head] + 1}, file)
+        with pytest.raises(UserError, match=r"1 tensors .* unexpected: .*lm_head.token_adapter"):
+            load(target, base)
+
+
+def test_two_adapters_of_a_tied_head_are_refused(save_peft: Callable[..., Any]) -> None:
+    settings = {"trainable_token_indices": [3], "target_modules": ["gate_proj", "lm_head"]}
+    target, base, _ = save_peft("llama", settings, {"tie_word_embeddings": True})
+    with pytest.raises(UserError, match="trainable_token_indices beside another adapter"):
+        load(target, base)
 
 
 # --- refusals, before a weight is read ------------------------------------------------------------
@@ -615,6 +685,13 @@ def test_an_adapter_on_the_hub_may_have_a_config_of_its_base(
     shutil.copy(Path(base) / "model.safetensors", target)
     cached("me/whole", target)
     assert find_peft("me/whole", None) is None
+    # transformers would load the adapter over its base, and never the whole model's weights.
+    for file in Path(base).glob("*token*"):
+        shutil.copy(file, target)
+    cached("me/both", target)
+    for pair in (("me/both", base), (base, "me/both")):
+        with pytest.raises(UserError, match=r"me/both: adapter_config.json stands beside the"):
+            load(*pair)
 
 
 def test_a_hub_out_of_reach(

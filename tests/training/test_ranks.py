@@ -203,18 +203,27 @@ VARIANTS: dict[str, dict] = {
 def test_weights_that_models_share_on_two_ranks(
     tiny_pair: Path, written: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A PEFT target, whose base weights are shared, and a target with one layer of its base."""
+    """PEFT targets, whose base weights are shared, and a target with one layer of its base.
+
+    The gains of DoRA have more bits than the other weights.
+    """
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(tiny_pair / "base")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "peft")
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"target_modules": "all-linear"},
+        "dora": {"target_modules": "all-linear", "use_dora": True},
+        "saved": {"target_modules": ["up_proj"], "modules_to_save": ["down_proj"]},
+    }
+    for name, settings in kinds.items():
+        base = AutoModelForCausalLM.from_pretrained(tiny_pair / "base")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, **settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / name)
     partly = Path(shutil.copytree(tiny_pair / "target", tmp_path / "partly"))
     file = partly / "model.safetensors"
     layer = {n: t for n, t in load_file(tiny_pair / "base" / file.name).items() if "0.mlp" in n}
@@ -225,10 +234,10 @@ def test_weights_that_models_share_on_two_ranks(
     for ranks in (1, 2):
         paths = [
             written(f"{name}-{ranks}", **bits, **short, **{"pair.target": str(tmp_path / name)})
-            for name in ("peft", "partly")
+            for name in (*kinds, "partly")
         ]
         launch_well(ranks, PROGRAM, *paths)
-    for name in ("peft", "partly"):
+    for name in (*kinds, "partly"):
         assert_same_bits(tmp_path / f"{name}-2", tmp_path / f"{name}-1")
 
 

@@ -151,15 +151,16 @@ def target_values(
         return _config_values(target, revisions.get("target"))
     values = _config_values(base, revisions.get("base"))
     model = peft_config(peft, base, model_config(base, revisions.get("base"), False), trust=False)
-    tied = model.tie_word_embeddings and not peft.unties()
+    tied = model.tie_word_embeddings
     return {**values, "vocab_size": model.vocab_size, "tie_word_embeddings": tied}
 
 
 def _config_values(source: str, revision: str | None) -> dict[str, Any]:
     values = read_json(source, CONFIG, revision)
-    if values.get("model_type") not in MULTIMODAL:
-        return values
     config = model_config(source, revision, trust=False)
+    if values.get("model_type") not in MULTIMODAL:
+        # The values may be wrong: readers would drop a head that is stored.
+        return {**values, "tie_word_embeddings": config.tie_word_embeddings}
     text: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return text
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Entry of a target's configuration: rank and kind of its low-rank parts, by part of a block.
+#: Entry of a target's configuration: rank and kind of its low-rank parts, by part of a block. The
+#: rank is 0 for a weight that the target's folder holds as a whole.
 RANKS = "fastadapt_low_rank"
 
 
@@ -109,10 +110,14 @@ def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> Non
 
     Args:
         block: a block, on the meta device or of fake tensors.
-        ranks: rank, and whether the layer is DoRA, by name in the block.
+        ranks: rank, and whether the layer is DoRA, by name in the block. A layer of rank 0 gets a
+            weight of its own.
     """
     for name, (rank, dora) in ranks.items():
         layer: Any = block.get_submodule(name)
+        if rank == 0:
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
+            continue
         A = layer.weight.new_empty(rank, layer.in_features)
         B = layer.weight.new_empty(layer.out_features, rank)
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -157,15 +162,16 @@ def shared_names(first: nn.Module, second: nn.Module) -> list[str]:
 def share(first: nn.Module, second: nn.Module, names: Collection[str]) -> None:
     """Replace the named parameters of ``second`` by those of ``first`` with the same names."""
     for name in names:
-        _set_parameter(second, name, first.get_parameter(name))
+        set_parameter(second, name, first.get_parameter(name))
 
 
 def share_parameter(module: nn.Module, name: str, other: str) -> None:
     """Tie a parameter of a module to another parameter of the module."""
-    _set_parameter(module, name, module.get_parameter(other))
+    set_parameter(module, name, module.get_parameter(other))
 
 
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replace the named parameter of a module or of one of its parts."""
     owner, _, part = name.rpartition(".")
     setattr(module.get_submodule(owner), part, parameter)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from torch import nn
 from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
@@ -26,7 +27,7 @@ from fastadapt.organism import resolve
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name in a PEFT folder
-_WRAPPERS = re.compile(r"\.(modules_to_save|base_layer)\.")
+_WRAPPERS = re.compile(r"\.(modules_to_save|(token_adapter\.)?base_layer)\.")
 #: Mark of the base's tensor in a place where the adapter has a saved module.
 ORIGINAL = ".original_module."
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
@@ -118,13 +119,21 @@ class PeftFolder:
         return fetch(self.source, "tokenizer_config.json", self.revision) is not None
 
     def unties(self) -> bool:
-        """Return whether the target's embedding and head differ, even where the base ties them."""
-        if self.settings.get("ensure_weight_tying"):
-            return False
+        """Return whether the target's embedding and head have a weight each, also over a tied base.
+
+        Low-rank parts of both, which ``ensure_weight_tying`` keeps equal, are merged into one each.
+        """
         outer = ("embed_tokens", "lm_head")
-        low_rank = (name for name, part in map(_split, self.shapes) if part.startswith("lora_"))
-        saved = self.settings.get("modules_to_save") or ()
-        return any(name.endswith(outer) for name in (*saved, *low_rank))
+        changed = [name for name, part in map(_split, self.shapes) if part.startswith("lora_")]
+        if not self.settings.get("ensure_weight_tying"):
+            changed += self.settings.get("modules_to_save") or ()
+        trained = self.settings.get("trainable_token_indices")
+        by_end: dict[str, Any] = dict.fromkeys(outer)
+        for name, indices in trained.items() if isinstance(trained, dict) else ():
+            by_end |= {end: indices for end in outer if name.endswith(end)}
+        # Tokens of the embedding alone are those of a tied head, too.
+        own_tokens = by_end["lm_head"] not in (None, by_end["embed_tokens"])
+        return own_tokens or any(name.endswith(outer) for name in changed)
 
     def rows(self, vocab_size: int) -> int:
         """Return the rows of the target's embedding, for a base with ``vocab_size`` rows.
@@ -199,13 +208,18 @@ class PeftFolder:
                 )
 
     def ranks(self, paths: Paths) -> Iterator[tuple[str, int, bool]]:
-        """Yield the linear layers of blocks with low-rank parts: name, rank, whether it is DoRA."""
+        """Yield the layers of blocks that the folder changes: name, rank, whether it is DoRA.
+
+        The rank is 0 if the folder holds the layer's whole weight (``modules_to_save``).
+        """
         inside = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.")
         for name, shape in self.shapes.items():
             module, part = _split(name)
             if part == "lora_A.weight" and inside.match(module):
                 dora = any(f"{module}.{gain}" in self.shapes for gain in _MAGNITUDES)
                 yield module, shape[0], dora
+            elif part == "weight" and inside.match(module):
+                yield module, 0, False
 
 
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
@@ -246,7 +260,8 @@ def _expected_shape(
         "lora_embedding_A": (free[0], n_out),
         "lora_embedding_B": (n_in, free[1]),
         "token_adapter.trainable_tokens_delta": (free[0], n_in),
-        **dict.fromkeys(_MAGNITUDES, (n_out,)),
+        # DoRA of an embedding has a magnitude for each column.
+        **dict.fromkeys(_MAGNITUDES, (n_in if isinstance(module, nn.Embedding) else n_out,)),
     }
     return expected.get(part) or (None if weight is None or not part else tuple(weight.shape))
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from fastadapt.models.sources.low_rank import (
     LowRankLinear,
     attach_ranks,
     dora_gain,
+    set_parameter,
+    shared_names,
     sharing_copy,
 )
 from fastadapt.models.sources.peft_folder import ORIGINAL, READ, PeftFolder
@@ -42,6 +47,7 @@ def peft_config(folder: PeftFolder, base: str, base_config: Any, trust: bool) ->
     if config.model_type not in ARCHITECTURES:
         return config
     config.vocab_size = folder.rows(config.vocab_size)
+    config.tie_word_embeddings = config.tie_word_embeddings and not folder.unties()
     folder.check_fits(_empty(config, "eager", torch.float32, trust), base)
     config._commit_hash = folder.commit
     setattr(config, RANKS, _ranks(folder, config.model_type))
@@ -76,7 +82,6 @@ def empty_pair(
     blocks = getattr(getattr(model, paths.decoder), paths.layers)
     base_mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in blocks)
     attach_ranks(model, {name: (rank, dora) for name, rank, dora in folder.ranks(paths)})
-    _untie(model, folder)
     return model.eval(), base_mlps.eval()
 
 
@@ -124,20 +129,21 @@ def load_pair(
         role="base",
     ).requires_grad_(False)
     _resize(model, config.vocab_size)
-    _untie(model, folder)
     paths = ARCHITECTURES[config.model_type]
     blocks = getattr(getattr(model, paths.decoder), paths.layers)
     base_mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in blocks)
     settings = {k: v for k, v in folder.settings.items() if k in READ and v is not None}
-    with reading("target", folder.source):
+    with _peft(folder.source):
         wrapped = PeftModel(
             model,
             LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM"),
             autocast_adapter_dtype=False,
         ).eval()
-        _widen_magnitudes(blocks)
+        _widen_magnitudes(wrapped)
         tensors = _read(folder, device, dtype)
         loaded: Any = set_peft_model_state_dict(wrapped, tensors)
+    if folder.unties():
+        _untie(model)
     parameters = dict(wrapped.named_parameters(remove_duplicate=False))
     filled = {id(p) for name, p in parameters.items() if name not in loaded.missing_keys}
     missing = [
@@ -145,7 +151,8 @@ def load_pair(
         for name in loaded.missing_keys
         if _is_adapters(name) and id(parameters.get(name)) not in filled
     ]
-    for what, odd in (("missing", missing), ("unexpected", loaded.unexpected_keys)):
+    unexpected = [name for name in loaded.unexpected_keys if not _is_repeated(name, tensors)]
+    for what, odd in (("missing", missing), ("unexpected", unexpected)):
         if odd:
             raise UserError(
                 f"target {folder.source}: {len(odd)} tensors of the PEFT adapter are {what}: "
@@ -153,13 +160,26 @@ def load_pair(
             )
     for block in blocks:
         _convert(block, folder)
-    with reading("target", folder.source):
+    with _peft(folder.source):
         target = wrapped.merge_and_unload().requires_grad_(False)
+    if any(".base_layer." in name for name, _ in target.named_parameters()):
+        raise UserError(
+            f"target {folder.source}: trainable_token_indices beside another adapter of the tied "
+            "head is not supported; give the merged model"
+        )
     _check_rows(target, folder)
     tied = target.get_input_embeddings().weight is target.get_output_embeddings().weight
     target.config.tie_word_embeddings = tied
     setattr(target.config, RANKS, getattr(config, RANKS))
     return target.eval(), base_mlps.eval()
+
+
+@contextmanager
+def _peft(source: str) -> Iterator[None]:
+    """Name the target in errors of peft; silence its warnings of tied weights, which are untied."""
+    with reading("target", source), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
+        yield
 
 
 def _read(folder: PeftFolder, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -176,14 +196,14 @@ def _read(folder: PeftFolder, device: torch.device, dtype: torch.dtype) -> dict[
     return tensors
 
 
-def _widen_magnitudes(blocks: Any) -> None:
-    """Let the magnitudes of DoRA in the blocks have float32 at least, whatever the model's dtype.
+def _widen_magnitudes(wrapped: Any) -> None:
+    """Let the magnitudes of DoRA have float32 at least, whatever the model's dtype.
 
     A magnitude differs from the norm of a row by a small fraction, which 16 bits do not resolve.
     """
     from peft.tuners.lora import LoraLayer
 
-    for layer in blocks.modules():
+    for layer in wrapped.modules():
         if isinstance(layer, LoraLayer):
             for parameter in getattr(layer, _MAGNITUDE).parameters():
                 parameter.data = parameter.data.to(
@@ -205,12 +225,22 @@ def _resize(model: Any, rows: int) -> None:
         part.requires_grad_(False).weight[before:] = torch.nan
 
 
-def _untie(model: Any, folder: PeftFolder) -> None:
-    """Give the head a weight of its own if the adapter changes one of head and embedding."""
-    head = model.get_output_embeddings()
-    if folder.unties() and head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
+def _is_repeated(name: str, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a tensor of a tied head is the embedding's, which peft saves twice."""
+    embedding = tensors.get(name.replace(".lm_head.", ".model.embed_tokens."))
+    return embedding is not None and torch.equal(embedding, tensors[name])
+
+
+def _untie(model: Any) -> None:
+    """Give the head parameters of its own where they are those of the embedding.
+
+    peft has wrapped both as in training, where they were tied. Merging the low-rank parts of both
+    into one weight would add them up.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for name in shared_names(embedding, head):
+        parameter = head.get_parameter(name)
+        set_parameter(head, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def _check_rows(model: Any, folder: PeftFolder) -> None:

@@ -16,8 +16,13 @@ from fastadapt.models.architectures import ARCHITECTURES, MULTIMODAL
 _EMBEDDING = "embed_tokens.weight"
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: Any, outer_ties: bool = True) -> Any:
     """Return the configuration of a multimodal model's text model; other configurations unchanged.
+
+    Args:
+        config: transformers' configuration.
+        outer_ties: whether the outer ``tie_word_embeddings`` decides. Where ``config.json`` has
+            none, the outer value is transformers' default, and the text model's value decides.
 
     Example:
         >>> from transformers import AutoConfig
@@ -29,7 +34,8 @@ def text_config(config: Any) -> Any:
     inner = copy.deepcopy(config.get_text_config(decoder=True))
     if inner.model_type not in ARCHITECTURES:
         return config
-    inner.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides
+    if outer_ties:
+        inner.tie_word_embeddings = config.tie_word_embeddings
     inner.dtype = inner.dtype or config.dtype
     inner._commit_hash = getattr(config, "_commit_hash", None)
     return inner
