@@ -87,8 +87,8 @@ def strongest_paths(graph: Graph, document: GraphFile, n: int) -> list[tuple[flo
     leaves = graph.leaves
 
     def number(leaf: int) -> int:
-        place = (int(leaves.layer[leaf]), int(leaves.position[leaf]), int(leaves.feature[leaf]))
-        return numbers[KINDS[int(leaves.kind[leaf])], place[0], place[1], place[2]]
+        kind, layer = KINDS[int(leaves.kind[leaf])], int(leaves.layer[leaf])
+        return numbers[kind, layer, int(leaves.position[leaf]), int(leaves.feature[leaf])]
 
     return [(strength, [number(leaf) for leaf in path]) for strength, path in graph.paths(n)]
 
