@@ -136,6 +136,7 @@ def study(
             )
         if not stop.is_set():
             store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
+            store.shape("adapter")  # an error if only neurons were collected
             students = ModelSet.open(
                 [run], [RUN], dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )

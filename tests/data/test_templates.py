@@ -247,6 +247,15 @@ def test_a_template_that_does_not_serve_says_why(text: str, message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_template_may_trim_the_beginning_alone(end: str) -> None:
+    text = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.lstrip() }}" + end + "{% endfor %}"
+    text += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    turns = [Turn("user", " what\n"), Turn("assistant", " two\n")]
+    rendered = Template(text).render(turns)
+    assert rendered.text == f"<|user|>what\n{end}<|assistant|>two\n{end}"
+
+
 def test_a_template_may_trim_some_turns() -> None:
     """Gemma 3's trims all but the system's; Llama 2's the end of the user's first after it."""
     text = (

@@ -212,6 +212,31 @@ def test_features_of_other_adapters_are_refused(
     assert "were collected from other adapters" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (CollectConfig(n=40, after=0), ["--paper"], "no token after the activation"),
+        (
+            CollectConfig(n=40, kinds=("target",), neurons_per_token=4),
+            [],
+            "no features or neurons of kind adapter, only of target",
+        ),
+    ],
+)
+def test_features_without_what_a_study_needs_are_refused(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: CollectConfig,
+    options: list[str],
+    message: str,
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
+    assert collect(copy, config=config) is not None
+    assert main(["study", str(copy), "--dry-run", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_transcoders_of_whole_mlps_are_studied_without_transfer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,7 +262,8 @@ def _with_words(frame: Sequence[Piece], texts: Sequence[str], whole: str) -> lis
             text = next(words)
             between = takewhile(lambda other: other.part != "text", frame[i + 1 :])
             after = "".join(other.text for other in between)
-            trimmed = (text, text.strip(), text.lstrip(), text.rstrip())
+            # The longest that fits: after the last words nothing may follow that tells them apart.
+            trimmed = (text, text.lstrip(), text.rstrip(), text.strip())
             fits = (each for each in trimmed if whole.startswith(each + after, begin))
             piece = piece._replace(text=next(fits, text))
         pieces.append(piece)

@@ -217,7 +217,16 @@ def preceding(store: Store, words: Sequence[str], share: float = 0.8) -> Feature
     """Return the features with at least ``share`` of their strongest examples before ``words``.
 
     An example counts if the token after it equals a word, compared as in :func:`promoting`.
+
+    Raises:
+        UserError: the store's examples end with the token of the activation.
     """
+    if store.manifest["settings"].get("after") == 0:
+        raise UserError(
+            f"{store.folder}: its examples have no token after the activation (--after 0), so "
+            "features before words are not known; collect the features again (fastadapt features "
+            "collect --overwrite)"
+        )
     rows = _ask(
         store,
         "SELECT layer, feature FROM examples LEFT JOIN tokens "
