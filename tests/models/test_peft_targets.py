@@ -385,6 +385,14 @@ def test_added_tokens_that_are_trained_by_index(tied: bool, save_peft: Callable[
             load(target, base)
 
 
+def test_tensors_that_the_settings_do_not_name_are_refused(save_peft: Callable[..., Any]) -> None:
+    settings = {"target_modules": ["gate_proj"], "trainable_token_indices": [3]}
+    target, base, _ = save_peft("llama", settings)
+    change(target, trainable_token_indices=None)
+    with pytest.raises(UserError, match=r"1 tensors .* unexpected: .*embed_tokens.token_adapter"):
+        load(target, base)
+
+
 def test_two_adapters_of_a_tied_head_are_refused(save_peft: Callable[..., Any]) -> None:
     settings = {"trainable_token_indices": [3], "target_modules": ["gate_proj", "lm_head"]}
     target, base, _ = save_peft("llama", settings, {"tie_word_embeddings": True})
