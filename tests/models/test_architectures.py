@@ -179,6 +179,28 @@ def test_weights_that_are_not_here_are_not_asked_for_the_head(
     assert model_config(str(tied), None, trust=False).tie_word_embeddings
 
 
+@pytest.mark.parametrize("inner", [None, False])
+@pytest.mark.parametrize("architecture", ["mistral3", "internvl"])
+def test_a_head_that_is_not_stored_is_tied_by_default(
+    architecture: str, inner: bool | None, save_multimodal: Callable[..., list[Path]]
+) -> None:
+    """The outer default of these two is tied, and the text model's is not."""
+    target, base = save_multimodal(architecture)
+    for folder in (target, base):
+        whole: Any = AutoModelForImageTextToText.from_pretrained(folder)
+        whole.config.tie_word_embeddings = True
+        whole.tie_weights()
+        whole.save_pretrained(folder)
+        text = whole.config.text_config.to_dict() | {"tie_word_embeddings": inner}
+        text = {key: value for key, value in text.items() if value is not None}
+        change_config(folder, tie_word_embeddings=None, text_config=text)
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")
+    model = pair_of(target, base)
+    plain = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float64).eval()
+    assert largest(model, "target", plain) < 1e-10
+    assert model_config(str(target), None, trust=False).tie_word_embeddings
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "shared keys": ("gemma4_text", {"num_kv_shared_layers": 1}, "keys and values of earlier"),
     "experts": (
