@@ -14,6 +14,8 @@ from fastadapt.errors import UserError
 
 _LEFT = r"(?<![\w./\\~%+\-)\]}>])"  # a slash after these is inside a name, a number or a tag
 _BODY = r"""[^\s"'`<>|,;()\[\]{}]"""
+#: Where a folder also begins: after an escaped newline, and after an option of one letter.
+_AFTER = r"(?<=\\[nrt])|(?<=[\s'\"]-\w)|(?<=^-\w)"
 _ROOT = r"(?:(?<!:)/+|/)(?=[^/\\\s])"  # two slashes after a colon belong to an address
 #: A path from the root, the home folder or a drive, a file: address, or a path with ``..``. After a
 #: bracket, as in ``[/INST]`` and ``</think>``, a path has two parts or more.
@@ -57,7 +59,7 @@ def portable(value: Any) -> Any:
 def _without_paths(text: str) -> str:
     home = _home()
     if home:  # whose name may have spaces; /root is in /root/a, but not in ann/root-7b
-        text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
+        text = re.sub(rf"(?:(?<![\w.~-])|{_AFTER}){re.escape(home)}(?![\w-]|\.\w)", "~", text)
     if _PATH.match(text):
         return _name(text)
     return _PATH.sub(lambda match: _name(match[0]), text)
@@ -104,7 +106,8 @@ def check_private(files: Mapping[str, Path | bytes], run: str | os.PathLike[str]
     """
     folders = filter(None, {_home(), os.path.abspath(run), os.path.realpath(run)})
     forms = {form for folder in folders for form in (folder, json.dumps(folder)[1:-1])}
-    pattern = re.compile(rb"(?<![\w.-])(?:" + _any_of(forms) + rb")(?![\w-])")
+    start = rf"(?:(?<![\w.-])|{_AFTER})".encode()
+    pattern = re.compile(start + rb"(?:" + _any_of(forms) + rb")(?![\w-])")
     for name, content in files.items():
         if match := pattern.search(content if isinstance(content, bytes) else _header(content)):
             raise UserError(

@@ -246,7 +246,8 @@ def from_adapters(
     """
     revisions = revisions or {}
     layers, _ = read_transcoders(adapters, "the published format")
-    config = target_values(target, base, revisions)
+    config, first = target_values(target, base, revisions), layers[0]()
+    check_writable(config, first)
     if len(layers) != config.get("num_hidden_layers"):
         raise UserError(
             f"{adapters}: expected one adapter per layer of target {target} "
@@ -258,7 +259,7 @@ def from_adapters(
         folder,
         tensors,
         config,
-        layers[0](),
+        first,
         companions=companions_of(target, base, revisions, tokenizer),
         like=like,
         shard_bytes=shard_bytes,

@@ -136,10 +136,9 @@ def write_published(
     """Write ``tensors`` as a published checkpoint.
 
     Adapters have this library's names (``...mlp.adapter.W_enc``) in ``tensors``. ``first`` is the
-    adapter of layer 0. See :func:`fastadapt.interop.hu2026.save` for the other arguments and the
-    errors.
+    adapter of layer 0; :func:`check_writable` has accepted both. See
+    :func:`fastadapt.interop.hu2026.save` for the other arguments and the errors.
     """
-    check_writable(config, first)
     biased, index, text = first.config.bias, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))

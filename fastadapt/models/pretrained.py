@@ -132,8 +132,9 @@ def reading(role: str, source: str) -> Iterator[None]:
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
     """Return transformers' configuration of a local folder or hub id.
 
-    For a multimodal model, this is the configuration of its text model. A stored head that differs
-    from the embedding is not tied to it, whatever ``config.json`` says.
+    For a multimodal model, this is the configuration of its text model. Where the weights are on
+    this machine, as in transformers, a head that differs from the embedding is not tied to it,
+    whatever ``config.json`` says, and a missing head is, if the outer configuration ties it.
 
     The attention implementation is cleared and left to the caller: in ``config.json`` it can name
     code on the hub, which transformers would run even without ``trust``.
@@ -167,18 +168,22 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
             "the key"
         )
+    outer_ties = getattr(config, "tie_word_embeddings", False)
     config = text_config(config, file is None or "tie_word_embeddings" in keys)
-    if getattr(config, "tie_word_embeddings", False) and _has_own_head(source, revision):
-        config.tie_word_embeddings = False
+    if outer_ties or getattr(config, "tie_word_embeddings", False):
+        has_head = _has_own_head(source, revision)
+        if has_head or (outer_ties and has_head is not None):
+            config.tie_word_embeddings = not has_head
     config._attn_implementation = config._experts_implementation = None
     config._commit_hash = commit_of(file)
     return config
 
 
-def _has_own_head(source: str, revision: str | None) -> bool:
+def _has_own_head(source: str, revision: str | None) -> bool | None:
     """Return whether weights on this machine have a head that differs from the embedding.
 
-    Nothing is downloaded. What is wrong with the weights is reported when they are loaded.
+    Return None if the embedding is not on this machine. Nothing is downloaded. What is wrong with
+    the weights is reported when they are loaded.
     """
     from safetensors import safe_open
     from transformers.utils import cached_file
@@ -198,13 +203,15 @@ def _has_own_head(source: str, revision: str | None) -> bool:
     try:
         files = _tensor_names(_tensor_files(source, revision, find))
         stored = {name: place for place, name in text_names(files, source).items()}
-        if not {_EMBEDDING, _HEAD} <= stored.keys():
+        if _EMBEDDING not in stored:
+            return None
+        if _HEAD not in stored:
             return False
         for place in (stored[_EMBEDDING], stored[_HEAD]):
             with reading("model", source), safe_open(files[place], framework="pt") as file:
                 both.append(file.get_tensor(place))
     except UserError:
-        return False
+        return None
     embedding, head = both
     return embedding.itemsize > 1 and not same_bits(embedding, head)
 

@@ -23,7 +23,7 @@ from fastadapt import AdapterConfig, RunError, TranscoderAdapter, UserError, sav
 from fastadapt.adapter.files import CARD
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.hub.names import is_local
-from fastadapt.hub.paths import portable
+from fastadapt.hub.paths import check_private, portable
 from fastadapt.hub.push import push
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene, named_features
@@ -502,3 +502,18 @@ def test_a_home_folder_inside_a_name_is_part_of_the_name(monkeypatch: pytest.Mon
     paths = ["/root/held out.jsonl", "see /root.", "in (/root)", "/root-7b/a", "~/root/b"]
     assert portable(paths) == ["held out.jsonl", "see ~.", "in (~)", "a", "b"]
     assert portable("/root") == "~"
+
+
+@pytest.mark.parametrize("before", ["see\\n", "see\\t", "-I", "cc -I", "cc '-I"])
+def test_a_home_folder_after_an_escaped_newline_or_an_option(
+    before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    text = f"{before}/home/ann/x"
+    assert portable(text) == f"{before}~/x"
+    for content in (text, json.dumps(text), json.dumps({"log": f"see\n/home/ann/{before}"})):
+        with pytest.raises(UserError, match="would name /home/ann, a folder of this machine"):
+            check_private({"log.txt": content.encode()}, "run")
+    for other in ("acme-I/home/ann/x", "a/-I/home/ann/x"):
+        assert portable(other) == other
+        check_private({"log.txt": other.encode()}, "run")

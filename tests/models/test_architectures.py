@@ -19,6 +19,7 @@ from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.generation.sampling import choose_batching
+from fastadapt.interop import hu2026
 from fastadapt.models.architectures import ARCHITECTURES, MULTIMODAL, check_supported
 from fastadapt.models.block_inputs import Unread
 from fastadapt.models.pretrained import model_config
@@ -177,6 +178,69 @@ def test_weights_that_are_not_here_are_not_asked_for_the_head(
     same = tensors["model.embed_tokens.weight"].clone()
     save_file({**tensors, "lm_head.weight": same}, tied / "model.safetensors", {"format": "pt"})
     assert model_config(str(tied), None, trust=False).tie_word_embeddings
+
+
+@pytest.mark.parametrize("inner", [None, False])
+@pytest.mark.parametrize("architecture", ["mistral3", "internvl"])
+def test_a_head_that_is_not_stored_is_tied_by_default(
+    architecture: str, inner: bool | None, save_multimodal: Callable[..., list[Path]]
+) -> None:
+    """The outer default of these two is tied, and the text model's is not."""
+    target, base = save_multimodal(architecture)
+    for folder in (target, base):
+        whole: Any = AutoModelForImageTextToText.from_pretrained(folder)
+        whole.config.tie_word_embeddings = True
+        whole.tie_weights()
+        whole.save_pretrained(folder)
+        text = whole.config.text_config.to_dict() | {"tie_word_embeddings": inner}
+        text = {key: value for key, value in text.items() if value is not None}
+        change_config(folder, tie_word_embeddings=None, text_config=text)
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")
+    model = pair_of(target, base)
+    plain = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float64).eval()
+    assert largest(model, "target", plain) < 1e-10
+    assert model_config(str(target), None, trust=False).tie_word_embeddings
+
+
+def test_an_export_asks_downloaded_weights_for_the_head(
+    save_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights arrive when they are first asked for, as those of a hub id do."""
+    from transformers import utils
+
+    target, base = (Path(save_model(n, i, "qwen2")) for i, n in enumerate("tb"))
+    change_config(target, tie_word_embeddings=True)
+    save_adapters(pair_of(target, base).adapters, tmp_path / "adapter")
+    weights, remote = target / "model.safetensors", tmp_path / "remote.safetensors"
+    cached_file = utils.cached_file
+
+    def download(source: str, name: str, **settings: Any) -> Any:
+        call = (source, name, settings.get("local_files_only", False))
+        if call == (str(target), weights.name, False) and remote.exists():
+            remote.rename(weights)
+        return cached_file(source, name, **settings)
+
+    monkeypatch.setattr(utils, "cached_file", download)
+    for export in (serving.export, hu2026.from_adapters):
+        weights.rename(remote)
+        folder = tmp_path / export.__module__
+        export(tmp_path / "adapter", folder, target=str(target), base=str(base))
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_export_of_an_unsupported_model_names_what_is_supported(
+    save_model: Callable[..., str], tmp_path: Path
+) -> None:
+    base = save_model("base", 0)
+    save_adapters(pair_of(Path(base), Path(base)).adapters, tmp_path / "adapter")
+    pair = {"target": str(tmp_path / "vit"), "base": base}
+    AutoConfig.for_model("vit", num_hidden_layers=3).save_pretrained(pair["target"])
+    for export, message in (
+        (serving.export, "architecture 'vit' is not supported; supported: "),
+        (hu2026.from_adapters, "needs a Qwen2 model .*; this is vit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "adapter", tmp_path / "out", **pair)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -17,7 +17,7 @@ import torch
 from peft_folders import adapted, peft_saver, whole
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastadapt import serving
 from fastadapt.adapter.files import save_adapters
@@ -385,11 +385,30 @@ def test_added_tokens_that_are_trained_by_index(tied: bool, save_peft: Callable[
             load(target, base)
 
 
+def test_tensors_that_the_settings_do_not_name_are_refused(save_peft: Callable[..., Any]) -> None:
+    settings = {"target_modules": ["gate_proj"], "trainable_token_indices": [3]}
+    target, base, _ = save_peft("llama", settings)
+    change(target, trainable_token_indices=None)
+    with pytest.raises(UserError, match=r"1 tensors .* unexpected: .*embed_tokens.token_adapter"):
+        load(target, base)
+
+
 def test_two_adapters_of_a_tied_head_are_refused(save_peft: Callable[..., Any]) -> None:
     settings = {"trainable_token_indices": [3], "target_modules": ["gate_proj", "lm_head"]}
     target, base, _ = save_peft("llama", settings, {"tie_word_embeddings": True})
     with pytest.raises(UserError, match="trainable_token_indices beside another adapter"):
         load(target, base)
+
+
+def test_an_export_over_an_unsupported_base_names_what_is_supported(
+    save_peft: Callable[..., Any], tmp_path: Path
+) -> None:
+    target, base, _ = save_peft()
+    save_adapters(replacement(load(target, base)).adapters, tmp_path / "adapter")
+    vit = str(tmp_path / "vit")
+    AutoConfig.for_model("vit").save_pretrained(vit)
+    with pytest.raises(UserError, match="architecture 'vit' is not supported; supported: "):
+        serving.export(tmp_path / "adapter", tmp_path / "out", target=target, base=vit)
 
 
 # --- refusals, before a weight is read ------------------------------------------------------------

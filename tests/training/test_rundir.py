@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.io import workspace
 from fastadapt.io.atomic import locked
+from fastadapt.training import run_dir
 from fastadapt.training.config import TrainConfig, save_config
 from fastadapt.training.run_dir import (
     MetricsLog,
@@ -97,33 +101,37 @@ def test_a_killed_overwrite_leaves_a_run(
     """A kill before any removal, or before the new configuration is in place."""
     config = tiny_config()
     folder = begin(config)
-    removed: list[Path] = []
+    done: list[str] = []
+    after = 0
 
     class Killed(BaseException):
         pass
 
-    def kill(after: int) -> None:
-        def remove(path: Path) -> None:
-            if len(removed) == after:
+    def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if len(done) == after:
                 raise Killed
-            removed.append(path)
-            path.unlink()
+            done.append(name)
+            return function(*args)
 
-        monkeypatch.setattr("fastadapt.io.workspace.remove", remove)
+        return call
 
+    steps = (workspace, "remove"), (workspace, "sync_folder"), (run_dir, "save_config")
+    for module, name in steps:
+        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
     names = ("adapter/layer_0.safetensors", "metrics.jsonl", "summary.json", "report.html")
-    for after in range(len(names) + 1):
+    while not done or done[-1] != "save_config":
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("")
-        removed.clear()
-        kill(after)
-        with open_run(config, resume=False, overwrite=True):
-            if after < len(names):
-                with pytest.raises(Killed):
-                    start_afresh(folder, config)
-            else:
-                start_afresh(folder, config)
+        done.clear()
+        with open_run(config, resume=False, overwrite=True), suppress(Killed):
+            start_afresh(folder, config)
+        assert (folder / "config.yaml").is_file()
+        assert len(done) == after
+        after += 1
+    assert done.count("remove") == len(names)
+    assert done.count("sync_folder") > 0
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.yaml"]
 
 

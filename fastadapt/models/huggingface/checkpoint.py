@@ -29,6 +29,7 @@ from fastadapt.models.pretrained import (
     model_config,
     reading,
     stored_tensors,
+    tensor_files,
 )
 from fastadapt.models.sources.low_rank import merged_state
 from fastadapt.models.sources.peft_folder import PeftFolder, find_peft
@@ -140,7 +141,9 @@ def target_values(
 ) -> dict[str, Any]:
     """Return the contents of the target's ``config.json``, for a PEFT target from its base's.
 
-    For a multimodal model, these are the values of its text model.
+    For a multimodal model, these are the values of its text model. The weights are downloaded,
+    since they decide whether the head is tied. The contents of an architecture that is not
+    supported are returned unchanged.
 
     Raises:
         UserError: a file is missing, or holds no JSON object.
@@ -150,6 +153,8 @@ def target_values(
     if peft is None:
         return _config_values(target, revisions.get("target"))
     values = _config_values(base, revisions.get("base"))
+    if values.get("model_type") not in ARCHITECTURES:
+        return values
     model = peft_config(peft, base, model_config(base, revisions.get("base"), False), trust=False)
     tied = model.tie_word_embeddings
     return {**values, "vocab_size": model.vocab_size, "tie_word_embeddings": tied}
@@ -157,6 +162,10 @@ def target_values(
 
 def _config_values(source: str, revision: str | None) -> dict[str, Any]:
     values = read_json(source, CONFIG, revision)
+    if values.get("model_type") not in (*ARCHITECTURES, *MULTIMODAL):
+        return values
+    model_config(source, revision, trust=False)  # raises if quantised, before a download
+    tensor_files(source, revision)
     config = model_config(source, revision, trust=False)
     if values.get("model_type") not in MULTIMODAL:
         # The values may be wrong: readers would drop a head that is stored.

@@ -227,7 +227,8 @@ def _resize(model: Any, rows: int) -> None:
 
 def _is_repeated(name: str, tensors: dict[str, Tensor]) -> bool:
     """Return whether a tensor of a tied head is the embedding's, which peft saves twice."""
-    embedding = tensors.get(name.replace(".lm_head.", ".model.embed_tokens."))
+    other = name.replace(".lm_head.", ".model.embed_tokens.")
+    embedding = tensors.get(other) if other != name else None
     return embedding is not None and torch.equal(embedding, tensors[name])
 
 

@@ -22,7 +22,8 @@ def text_config(config: Any, outer_ties: bool = True) -> Any:
     Args:
         config: transformers' configuration.
         outer_ties: whether the outer ``tie_word_embeddings`` decides. Where ``config.json`` has
-            none, the outer value is transformers' default, and the text model's value decides.
+            none, the outer value is transformers' default, and the text model's value decides
+            until the weights are read (:func:`fastadapt.models.pretrained.model_config`).
 
     Example:
         >>> from transformers import AutoConfig
