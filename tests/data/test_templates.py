@@ -45,8 +45,13 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "<|eot_id|>",
     ),
     "llama2": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
-        "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        # As that of meta-llama/Llama-2-7b-chat-hf.
+        "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + "
+        "'\n<</SYS>>\n\n' %}{% set rounds = messages[1:] %}{% else %}{% set system = '' %}"
+        "{% set rounds = messages %}{% endif %}{% for m in rounds %}{% if m.role == 'user' %}"
+        "{{ bos_token + '[INST] ' + ((system if loop.first else '') + m.content).strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}",
         "<s>",
         "</s>",
     ),
@@ -133,18 +138,31 @@ def test_a_family_writes_what_its_template_writes(name: str, n: int) -> None:
     assert by_template.prompt().text == by_family.prompt().text
 
 
-@pytest.mark.parametrize("name", ["qwen", "llama3", "olmo2", "phi3"])
+@pytest.mark.parametrize("name", ["qwen", "llama2", "llama3", "olmo2", "phi3"])
 def test_a_system_turn_as_the_template_writes_it(name: str) -> None:
     turns = [SYSTEM, *ROUNDS]
     text = template(name).render(turns).text
     assert text == FAMILIES[name].render(turns).text + (EOS if name == "phi3" else "")
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama2", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_a_family_without_a_system_turn_begins_the_question_with_it(name: str) -> None:
     family = FAMILIES[name]
     question = Turn("user", "be brief\n\n1 + 1 ?")
     assert family.render([SYSTEM, *ROUNDS]).text == family.render([question, *ROUNDS[1:]]).text
+
+
+def test_llama2_writes_a_system_turn_between_its_markers() -> None:
+    rendered = FAMILIES["llama2"].render([SYSTEM, *ROUNDS])
+    begin = "<s>[INST] <<SYS>>\nbe brief\n<</SYS>>\n\n1 + 1 ? [/INST] <think>\nso 2\n"
+    assert rendered.text.startswith(begin)
+    said = [(piece.text, piece.role) for piece in rendered.pieces if piece.part == "text"]
+    assert said == [(turn.text, turn.role) for turn in [SYSTEM, *ROUNDS]]
+    inline = get_form({"user": ["Q:", "|"], "assistant": ["A:", "|"], "system_inside": ["(", ")"]})
+    assert inline.render([SYSTEM, *ROUNDS[:1], Turn("assistant", "2")]).text == (
+        "Q:(be brief)1 + 1 ?|A:2|"
+    )
+    assert get_form(inline.spec) == inline
 
 
 def test_r1_closes_a_response_that_another_turn_follows() -> None:
