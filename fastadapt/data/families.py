@@ -233,6 +233,16 @@ FAMILIES: Mapping[str, Family] = _named(
         bos="<bos>",
         markers=("<bos>", "<start_of_turn>", "<end_of_turn>"),
     ),
+    # ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Templates of some sizes ask a model
+    # with an empty channel of thoughts after its marker, which past turns lack.
+    gemma4=Family(
+        user=("<|turn>user\n", "<turn|>\n"),
+        assistant=("<|turn>model\n", "<turn|>\n"),
+        system=("<|turn>system\n", "<turn|>\n"),
+        bos="<bos>",
+        thinking=("<|channel>thought", "<channel|>"),
+        markers=("<bos>", "<|turn>", "<turn|>"),
+    ),
 )
 
 

@@ -39,7 +39,7 @@ class DataConfig:
         validation: held-out data: file, folder or dataset id.
         family: chat format. auto: the tokenizer's chat template where it writes every turn as it
             is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwq, qwen3,
-            llama3, llama2, mistral, olmo2, phi3, glm4, gemma; text: no conversations. In a
+            llama3, llama2, mistral, olmo2, phi3, glm4, gemma, gemma4; text: no conversations. In a
             file also a mapping: user and assistant: [before, after], and system, system_inside,
             tool, tool_next, bos, lead, between, thinking, opening, markers.
         columns: column to read; prompt,response; or system,messages. Null: recognised by name.
