@@ -17,8 +17,10 @@ class Family:
 
     Attributes:
         user, assistant: text before and after a turn of the user or the assistant.
-        system: the same of a system turn. Without it, the system's text and a blank line begin the
-            user's first turn.
+        system: the same of a system turn. Without it, the system's text begins the user's first
+            turn.
+        system_inside: text before and after the system's text within the user's first turn; without
+            it, a blank line follows the system's text.
         tool: the same of a tool's turn; without it, such turns are refused.
         tool_next: text between the words of two tools' turns in a row; without it, the text after
             the first and before the second.
@@ -37,6 +39,7 @@ class Family:
     user: tuple[str, str]
     assistant: tuple[str, str]
     system: tuple[str, str] | None = None
+    system_inside: tuple[str, str] | None = None
     tool: tuple[str, str] | None = None
     tool_next: str = ""
     bos: str = ""
@@ -81,11 +84,11 @@ class Family:
             UserError: a tool's turn, if the family has no template for it.
         """
         pieces = [Piece(self.bos, "bos", None)]
-        pending = ""  # a system's text for the user's first turn
+        pending: list[Piece] = []  # a system's text for the user's first turn
         for i, (role, text) in enumerate(turns):
             frame = getattr(self, role)
             if role == "system" and frame is None:
-                pending = text + "\n\n"
+                pending = self._system_pieces(text)
                 continue
             if frame is None:
                 family = f"the chat family {self.name!r}" if self.name else "data.family"
@@ -104,8 +107,8 @@ class Family:
                 pieces.append(Piece(self.lead, "end", role))
                 text = self._with_line_break(text)
             elif pending and role == "user":
-                pieces.append(Piece(pending, "text", "system"))
-                pending = ""
+                pieces += pending
+                pending = []
             pieces.append(Piece(text, "text", role))
             pieces.append(Piece(after, "end" if role == "assistant" else "marker", role))
             if role == "assistant" and i + 1 < len(turns):
@@ -113,6 +116,17 @@ class Family:
         if pending:
             raise UserError("turn 1: a system turn needs a turn of the user after it")
         return Rendered(tuple(piece for piece in pieces if piece.text), self.thinking)
+
+    def _system_pieces(self, text: str) -> list[Piece]:
+        """Return the pieces of a system's text within the user's first turn."""
+        if self.system_inside is None:
+            return [Piece(text + "\n\n", "text", "system")]
+        before, after = self.system_inside
+        return [
+            Piece(before, "marker", "system"),
+            Piece(text, "text", "system"),
+            Piece(after, "marker", "system"),
+        ]
 
     def _with_line_break(self, text: str) -> str:
         # The data have "<think> First"; the models write a line break after "<think>".
@@ -175,6 +189,7 @@ FAMILIES: Mapping[str, Family] = _named(
     llama2=Family(
         user=("[INST] ", " [/INST]"),
         assistant=("", " </s>"),
+        system_inside=("<<SYS>>\n", "\n<</SYS>>\n\n"),
         bos="<s>",
         lead=" ",
         between="<s>",
@@ -218,6 +233,16 @@ FAMILIES: Mapping[str, Family] = _named(
         bos="<bos>",
         markers=("<bos>", "<start_of_turn>", "<end_of_turn>"),
     ),
+    # ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Templates of some sizes ask a model
+    # with an empty channel of thoughts after its marker, which past turns lack.
+    gemma4=Family(
+        user=("<|turn>user\n", "<turn|>\n"),
+        assistant=("<|turn>model\n", "<turn|>\n"),
+        system=("<|turn>system\n", "<turn|>\n"),
+        bos="<bos>",
+        thinking=("<|channel>thought", "<channel|>"),
+        markers=("<bos>", "<|turn>", "<turn|>"),
+    ),
 )
 
 
@@ -236,7 +261,7 @@ def inline_family(spec: Mapping[str, Any]) -> Family:
             raise UserError(f"data.family: expected keys from {', '.join(known)}; got {key!r}")
     values: dict[str, Any] = {}
     for key, value in spec.items():
-        if key in (*ROLES, "thinking"):
+        if key in (*ROLES, "system_inside", "thinking"):
             if not _is_texts(value) or len(value) != 2:
                 raise UserError(
                     f"data.family.{key}: expected two texts, [before, after], got {value!r:.60}"

@@ -39,9 +39,9 @@ class DataConfig:
         validation: held-out data: file, folder or dataset id.
         family: chat format. auto: the tokenizer's chat template where it writes every turn as it
             is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwq, qwen3,
-            llama3, llama2, mistral, olmo2, phi3, glm4, gemma; text: no conversations. In a file
-            also a mapping: user and assistant: [before, after], and system, tool, tool_next, bos,
-            lead, between, thinking, opening, markers.
+            llama3, llama2, mistral, olmo2, phi3, glm4, gemma, gemma4; text: no conversations. In a
+            file also a mapping: user and assistant: [before, after], and system, system_inside,
+            tool, tool_next, bos, lead, between, thinking, opening, markers.
         columns: column to read; prompt,response; or system,messages. Null: recognised by name.
         loss: tokens that the losses on the output count: all; assistant, the assistant's turns;
             thinking, the assistant's reasoning. Plain text and token ids count as a whole.

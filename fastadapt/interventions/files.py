@@ -25,6 +25,7 @@ from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.sources.fingerprint import ENTRIES, fingerprints, warn_of_changes
+from fastadapt.models.sources.pair_sources import Sources
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -58,7 +59,8 @@ def intervene(
 
     Raises:
         UserError: the run does not exist, the set is of another adapter or empty with a kind other
-            than ``only``, or the folder is in use.
+            than ``only``, the target is a PEFT folder and the kind ``onto-target``, or the folder
+            is in use.
         RunError: the folder cannot be written.
     """
     source = adapters_of(run)
@@ -72,6 +74,8 @@ def intervene(
             "set from the features of this run"
         )
     check_fit(features, len(layers), card["adapter"].features)
+    if intervention.kind == "onto-target":
+        _check_whole_target(source, metadata)
     _warn_of_changes(source, metadata)
     config = _config_of(source, metadata)
     # Measurements of the unchanged adapter do not apply to the changed one.
@@ -135,6 +139,17 @@ def named_features(run: str | os.PathLike[str], names: Sequence[str]) -> Feature
         shape=(len(layers), card["adapter"].features),
         expression=f"features {' '.join(names)}",
     )
+
+
+def _check_whole_target(source: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` if the target is a PEFT folder, which cannot be the base of a pair."""
+    pair = read_pair(source, metadata)
+    if Sources.find(pair).peft is not None:
+        raise UserError(
+            f"--onto-target makes the target its own base, and {pair.target} is a PEFT folder. "
+            "fastadapt contrast and study add sets to such a target in memory; for a saved run, "
+            "train on the merged model (peft: merge_and_unload)"
+        )
 
 
 def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:

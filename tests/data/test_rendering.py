@@ -177,8 +177,11 @@ def test_the_reasoning_before_the_closing_marker_stays(family: str) -> None:
 def test_a_leading_think_is_followed_by_a_line_break(
     family: str, response: str, expected: str
 ) -> None:
-    _, rendered = render_parts(conversation(response=response), family)
     form = FAMILIES[family]
+    response, expected = (
+        text.replace("<think>", form.thinking[0]) for text in (response, expected)
+    )
+    _, rendered = render_parts(conversation(response=response), family)
     assert rendered == form.lead + expected + form.after_response
 
 
@@ -237,6 +240,6 @@ def test_a_malformed_conversation_says_what_is_wrong(turns: Any, message: str) -
 def test_an_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(
         UserError,
-        match=r"expected one of \['gemma', 'glm4', 'llama2', .*got 'mamba'",
+        match=r"expected one of \['gemma', 'gemma4', 'glm4', 'llama2', .*got 'mamba'",
     ):
         render(conversation(), "mamba")

@@ -45,8 +45,13 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "<|eot_id|>",
     ),
     "llama2": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
-        "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        # As that of meta-llama/Llama-2-7b-chat-hf.
+        "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + "
+        "'\n<</SYS>>\n\n' %}{% set rounds = messages[1:] %}{% else %}{% set system = '' %}"
+        "{% set rounds = messages %}{% endif %}{% for m in rounds %}{% if m.role == 'user' %}"
+        "{{ bos_token + '[INST] ' + ((system if loop.first else '') + m.content).strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}",
         "<s>",
         "</s>",
     ),
@@ -81,6 +86,15 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + "
         "('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + "
         "'<end_of_turn>\n' }}{% endfor %}" + TAIL + "{{ '<start_of_turn>model\n' }}{% endif %}",
+        "<bos>",
+        "<eos>",
+    ),
+    "gemma4": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|turn>' + "
+        "('model' if m.role == 'assistant' else m.role) + '\n' + "
+        "m.content.split('<channel|>')[-1] | trim + '<turn|>\n' }}{% endfor %}"
+        + TAIL
+        + "{{ '<|turn>model\n' }}{% endif %}",
         "<bos>",
         "<eos>",
     ),
@@ -133,18 +147,31 @@ def test_a_family_writes_what_its_template_writes(name: str, n: int) -> None:
     assert by_template.prompt().text == by_family.prompt().text
 
 
-@pytest.mark.parametrize("name", ["qwen", "llama3", "olmo2", "phi3"])
+@pytest.mark.parametrize("name", ["qwen", "llama2", "llama3", "olmo2", "phi3", "gemma4"])
 def test_a_system_turn_as_the_template_writes_it(name: str) -> None:
     turns = [SYSTEM, *ROUNDS]
     text = template(name).render(turns).text
     assert text == FAMILIES[name].render(turns).text + (EOS if name == "phi3" else "")
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama2", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_a_family_without_a_system_turn_begins_the_question_with_it(name: str) -> None:
     family = FAMILIES[name]
     question = Turn("user", "be brief\n\n1 + 1 ?")
     assert family.render([SYSTEM, *ROUNDS]).text == family.render([question, *ROUNDS[1:]]).text
+
+
+def test_llama2_writes_a_system_turn_between_its_markers() -> None:
+    rendered = FAMILIES["llama2"].render([SYSTEM, *ROUNDS])
+    begin = "<s>[INST] <<SYS>>\nbe brief\n<</SYS>>\n\n1 + 1 ? [/INST] <think>\nso 2\n"
+    assert rendered.text.startswith(begin)
+    said = [(piece.text, piece.role) for piece in rendered.pieces if piece.part == "text"]
+    assert said == [(turn.text, turn.role) for turn in [SYSTEM, *ROUNDS]]
+    inline = get_form({"user": ["Q:", "|"], "assistant": ["A:", "|"], "system_inside": ["(", ")"]})
+    assert inline.render([SYSTEM, *ROUNDS[:1], Turn("assistant", "2")]).text == (
+        "Q:(be brief)1 + 1 ?|A:2|"
+    )
+    assert get_form(inline.spec) == inline
 
 
 def test_r1_closes_a_response_that_another_turn_follows() -> None:
@@ -324,6 +351,51 @@ def test_auto_asks_a_model_as_its_template_does(opening: str, family: str | None
         assert spec["markers"] == list(FAMILIES["qwen3"].markers)
 
 
+#: What Gemma 4's template ends a prompt with, to ask for an answer without reasoning.
+EMPTY_CHANNEL = "<|channel>thought\n<channel|>"
+THOUGHT = [Turn("user", "1 + 1 ?"), Turn("assistant", "<|channel>thought\nso 2\n<channel|>it is 2")]
+
+
+def gemma4_tokenizer() -> PreTrainedTokenizerFast:
+    end = "<|turn>model\n"
+    text = TEMPLATES["gemma4"][0].replace(end, end + EMPTY_CHANNEL)
+    markers = [*FAMILIES["gemma4"].markers, "<|channel>", "<channel|>", "<|think|>"]
+    tokenizer = tokenizer_with(markers, text)
+    tokenizer.add_tokens(["thought", "so", "it", "is", "1", "2", "+", "?", "user", "model"])
+    tokenizer.bos_token = "<bos>"
+    return tokenizer
+
+
+def test_auto_takes_the_family_of_gemma4() -> None:
+    tokenizer = gemma4_tokenizer()
+    template = Template.of_tokenizer(tokenizer)
+    assert template is not None
+    prompt = render_prompt("1 + 1 ?", "gemma4")
+    assert template.write(ROUNDS[:1], prompt=True) == prompt + EMPTY_CHANNEL
+    assert resolve("auto", tokenizer) == "gemma4"
+    assert str(choose(tokenizer).reason).startswith("the chat template renders the first 2 turns")
+
+
+def test_prompts_of_gemma4_open_the_reasoning_as_the_model_does() -> None:
+    """The channel's marker is a token and a word; the token stays one within what was said."""
+    tokenizer, form = gemma4_tokenizer(), get_form("gemma4")
+    rendered = form.render(THOUGHT)
+    opened = render_prompt("1 + 1 ?", "gemma4", "thinking")
+    assert opened.endswith("<|turn>model\n<|channel>thought\n")
+    assert rendered.text.startswith(opened)
+    assert [rendered.text[a:b] for a, b in rendered.reasoning()] == [
+        "<|channel>thought\nso 2\n<channel|>"
+    ]
+    # A question that holds another marker is encoded piece by piece.
+    question = form.render([Turn("user", "1 + 1 ? <|think|>"), *THOUGHT[1:]])
+    for text, marked in ((rendered, False), (question, True)):
+        (encoded,) = Encoder(tokenizer, form).encode([text])
+        assert encoded.marked == marked
+        tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
+        assert tokens[tokens.index("model") + 1 :][:4] == ["<|channel>", "thought", "so", "2"]
+        assert "<|think|>" not in tokens
+
+
 UPPER = TEMPLATES["qwen"][0].replace("m.content", "m.content | upper")
 FAULTS = {
     "{{ raise_exception('only user allowed') }}": "the chat template fails .*: only user allowed",
@@ -367,7 +439,8 @@ def test_markers_that_many_tokenizers_share_name_no_family(family: str) -> None:
     ],
 )
 def test_auto_without_a_way_lists_the_families(template: str, reason: str) -> None:
-    message = rf"data\.family=auto: {reason}.* No family has its markers .* or an inline family"
+    message = rf"data\.family=auto: {reason}.* No family has its markers .*; an inline family"
+    message += " .*; or text, for data without conversations"
     with pytest.raises(UserError, match=message):
         resolve("auto", tokenizer_with([], template))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft_folders import peft_saver
 from transformers import AutoModelForCausalLM
 
 from fastadapt import serving
@@ -43,10 +45,13 @@ ACTIVATIONS = {
 def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Path]:
     """``make_run(activation)``: write a run of a tiny pair with random adapters."""
 
-    def make(activation: str = "relu", config: AdapterConfig | None = None) -> Path:
-        names: dict[str, Any] = {
-            role: save_model(role, i) for i, role in enumerate(("target", "base"))
-        }
+    def make(
+        activation: str = "relu",
+        config: AdapterConfig | None = None,
+        names: dict[str, Any] | None = None,
+    ) -> Path:
+        if names is None:
+            names = {role: save_model(role, i) for i, role in enumerate(("target", "base"))}
         pair = ModelPair.load(PairConfig(**names, device="cpu"))
         model = ReplacementModel.create(pair, config or ACTIVATIONS[activation])
         generator = torch.Generator().manual_seed(3)
@@ -269,6 +274,22 @@ def test_what_cannot_be_done_leaves_nothing(make_run: Callable, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         intervene(run, tmp_path / "file" / "out", features, ABLATE)
+
+
+def test_a_peft_target_is_no_base(
+    make_run: Callable, save_model: Callable[..., str], tmp_path: Path
+) -> None:
+    """The saved run would name the PEFT folder as its base, and could not be loaded."""
+    pytest.importorskip("peft")
+    target, base, _ = peft_saver(tmp_path, save_model)()
+    run = make_run(names={"target": target, "base": base})
+    features = set_of(run)
+    for source in (run, shutil.copytree(run / "adapter", tmp_path / "bare")):
+        with pytest.raises(UserError, match=r"makes the target its own base, and .*peft is a PEFT"):
+            intervene(source, tmp_path / "out", features, ONTO)
+    assert not (tmp_path / "out").exists()
+    out = intervene(run, tmp_path / "out", features, ABLATE)
+    assert ModelSet.open([out]).config.base == base
 
 
 def test_only_an_intervention_is_replaced(make_run: Callable, tmp_path: Path) -> None:

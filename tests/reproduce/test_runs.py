@@ -159,6 +159,34 @@ def test_only_named_runs_are_trained(tmp_path: Path) -> None:
     assert studied[1] in runs()
 
 
+def test_the_real_pair_is_collected_and_its_pages_are_written(tmp_path: Path) -> None:
+    """The script's commands in their order; a second call resumes the training."""
+    program = tmp_path / "fastadapt"
+    program.write_text(
+        '#!/bin/bash\necho "$@" >> calls\nif [ "$1" = train ]; then\n'
+        "  mkdir -p runs/real && touch runs/real/{config.yaml,summary.json}\nfi\n"
+    )
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$@" >> calls\n')
+    for path in (program, tmp_path / "python"):
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command: list[str | Path] = ["bash", SCRIPTS / "real" / "run"]
+    for again in (False, True):
+        subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        assert ("--resume" in calls[2]) == again
+        commands = [re.split(r" [-./r]", call.removeprefix("-m "))[0] for call in calls[2:]]
+        assert commands == [
+            "train",
+            "eval",
+            "features collect",
+            "features export",
+            "changes",
+            "reproduce.real check",
+        ]
+
+
 @pytest.mark.slow
 def test_runs_train_resume_and_are_not_repeated(tmp_path: Path) -> None:
     program = tmp_path / "fastadapt"

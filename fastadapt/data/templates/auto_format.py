@@ -68,8 +68,8 @@ def choose(tokenizer: Any) -> Choice:
         )
     raise UserError(
         f"data.family=auto: {fault or reason}. No family has its markers in this tokenizer either; "
-        f"expected one of {sorted(FAMILIES)}, or an inline family with the texts before and after "
-        "each turn"
+        f"expected one of {sorted(FAMILIES)}; an inline family with the texts before and after "
+        f"each turn; or {TEXT_ONLY}, for data without conversations"
     )
 
 
