@@ -43,15 +43,15 @@ def _check_copy(peft: PeftFolder, base: str, notes: list[str]) -> list[str]:
     The weights of a quantised base are not compared.
 
     Raises:
-        UserError: both are folders on this machine, with different weights.
+        UserError: both are folders on this machine, with different files of weights.
     """
     named = peft.base or ""
     if not (os.path.isdir(named) and os.path.isdir(base)) or is_quantised(named):
         return notes
     if fingerprint(named, None) != fingerprint(base, None):
         raise UserError(
-            f"pair.base is {base}, but target {peft.source} is an adapter of {named}, and their "
-            f"weights differ. Give that base (pair.base: {named})"
+            f"pair.base is {base}, but target {peft.source} is an adapter of {named}, and the "
+            f"files of their weights differ. Give that base (pair.base: {named})"
         )
     return []
 
