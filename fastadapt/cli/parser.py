@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
+import typing_extensions
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
@@ -221,7 +222,8 @@ def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
     about = docstring_parser.parse(inspect.getdoc(function) or "")
     texts = {n: p.description or "" for p in about.params for n in p.arg_name.split(", ")}
     annotated = function.__init__ if inspect.isclass(function) else function
-    hints = typing.get_type_hints(annotated, include_extras=True)
+    # typing's own, in Python 3.10, puts Optional around what has the default None.
+    hints = typing_extensions.get_type_hints(annotated, include_extras=True)
     parameters = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint, typed = hints[name], Typed()

@@ -233,14 +233,14 @@ def test_an_export_of_an_unsupported_model_names_what_is_supported(
 ) -> None:
     base = save_model("base", 0)
     save_adapters(pair_of(Path(base), Path(base)).adapters, tmp_path / "adapter")
-    pair = {"target": str(tmp_path / "vit"), "base": base}
-    AutoConfig.for_model("vit", num_hidden_layers=3).save_pretrained(pair["target"])
+    target = str(tmp_path / "vit")
+    AutoConfig.for_model("vit", num_hidden_layers=3).save_pretrained(target)
     for export, message in (
         (serving.export, "architecture 'vit' is not supported; supported: "),
         (hu2026.from_adapters, "needs a Qwen2 model .*; this is vit"),
     ):
         with pytest.raises(UserError, match=message):
-            export(tmp_path / "adapter", tmp_path / "out", **pair)
+            export(tmp_path / "adapter", tmp_path / "out", target=target, base=base)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
