@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test quick docs notebooks coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test quick slow docs notebooks coverage reproduce study real interop lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,9 @@ test: $(VENV)/.dev  ## lint, type check, and the quick tests
 
 quick: $(VENV)/.dev
 	$(PYTEST) -m "not slow" --durations=10
+
+slow: $(VENV)/.dev  ## slow tests of the pages' commands, the wheel, torch.compile and FSDP2
+	$(PYTEST) -m slow --durations=10 tests/cli/test_readme.py tests/packaging tests/adapter
 
 docs: $(VENV)/docs  ## the site of the pages and docstrings, in build/site; warnings are errors
 	rm -rf build/site build/doctrees

@@ -4,8 +4,19 @@
 
 TOOLKIT is a clone of the toolkit, in whose environment the script runs; the other arguments are
 those of its ``main.py``. ``run`` trains an adapter on the toolkit's pair and data, collects
-features and measures what they do; ``visualize`` shows the run's pages; the agent reads the
-strongest features and may ask for the details of any.
+features and measures what they do; the agent reads the strongest features and may ask for the
+details of any.
+
+The toolkit's dashboard is a process of its own, which this script does not start. To see the pages
+of a run there, change the clone. Copy ``configs/diffing/method/fastadapt.yaml`` into the same
+folder of the clone. In its ``src/diffing/pipeline/diffing_pipeline.py``, let ``get_method_class``
+begin with
+
+    if method_name == "fastadapt":
+        from method import FastadaptMethod
+        return FastadaptMethod
+
+Then start it in the clone: ``PYTHONPATH=.../examples/diffing_toolkit streamlit run dashboard.py``.
 
 fastadapt itself runs in an environment of its own, as the program ``diffing.method.program``: the
 two need other versions of the same packages. Written against the toolkit's commit e0b84a5.
@@ -144,7 +155,7 @@ class FastadaptMethod(DiffingMethod):
         return dict(details)
 
     def visualize(self) -> None:
-        """Show the run's pages in the toolkit's Streamlit dashboard."""
+        """Show the run's pages in the toolkit's dashboard, if it knows the method (see above)."""
         import streamlit as st
 
         for name in ("changes.html", "report.html"):

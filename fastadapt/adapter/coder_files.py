@@ -74,6 +74,8 @@ class CoderSet:
         >>> saes = CoderSet.from_modules({7: SAE(8, AdapterConfig(32))}, hooks, model="org/model")
         >>> saes.layers[7]().W_enc.shape, saes.empty.W_enc.device
         (torch.Size([32, 8]), device(type='meta'))
+        >>> print(saes)  # doctest: +ELLIPSIS
+        CoderSet(layers=[7], empty=SAE(d_in=8, n_features=32, ...), model='org/model')
     """
 
     empty: SparseCoder
@@ -81,6 +83,9 @@ class CoderSet:
     hooks: Hooks = MLP_HOOKS
     model: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"CoderSet(layers={list(self.layers)}, empty={self.empty}, model={self.model!r})"
 
     @classmethod
     def from_modules(

@@ -29,6 +29,8 @@ from fastadapt.io.documents import Name, read_yaml
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import open_tensors, read_tensors
 
+__all__ = ["CrossLayer", "CrossLayerSet", "read_cross_layer_set"]
+
 KIND = "cross_layer_transcoder"
 _FILE = re.compile(r"W_enc_(\d{1,5})\.safetensors")
 

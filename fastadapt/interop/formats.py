@@ -35,7 +35,7 @@ class Format:
         module: module below ``fastadapt.interop``.
         markers: files of which one is in a folder of the format, or in its subfolders.
         patterns: names in a folder that is written.
-        loading: Python code that loads what is written in a folder.
+        loading: Python code that loads all ``{layers}`` of a set from ``{folder}``.
         has_topk: whether the format has transcoders with TopK.
         splice: further code, for adapters and transcoders with a skip.
         notes: module with ``notes(folder)``, sentences about a written layer.
@@ -71,8 +71,9 @@ FORMATS = {
         "saelens",
         ("sae_weights.safetensors",),
         ("layer_*",),
-        "from sae_lens import SAE; sae = SAE.load_from_disk({folder!r} + '/layer_{layer}')",
-        splice="; from fastadapt.interop.saelens import attach; attach(model, [sae])",
+        "from sae_lens import SAE; "
+        "saes = [SAE.load_from_disk({folder!r} + f'/layer_{{i}}') for i in {layers}]",
+        splice="; from fastadapt.interop.saelens import attach; attach(model, saes)",
         notes="saelens_splice",
     ),
     "sparsify": Format(
@@ -94,7 +95,7 @@ FORMATS = {
         ("ae.safetensors", "ae.pt"),
         ("layer_*",),
         "from safetensors.torch import load_file; "
-        "state_dict = load_file({folder!r} + '/layer_{layer}/ae.safetensors')",
+        "state_dicts = [load_file({folder!r} + f'/layer_{{i}}/ae.safetensors') for i in {layers}]",
     ),
 }
 
@@ -145,12 +146,13 @@ def export_coders(
     with writing_folder(out, last=RECORD) as staged:
         form.write(coders, staged)
         _record(staged / RECORD, name, coders)
-    first = next(iter(coders.layers))
-    loading = form.loading.format(folder=str(out.resolve()), layer=first)
+    layers = list(coders.layers)
+    every = range(len(layers)) if layers == list(range(len(layers))) else layers
+    loading = form.loading.format(folder=str(out.resolve()), layers=every)
     if coders.is_additive or getattr(coders.empty, "W_skip", None) is not None:
         loading += form.splice
     if form.notes:
-        notes = import_module(f"fastadapt.interop.{form.notes}").notes(out / f"layer_{first}")
+        notes = import_module(f"fastadapt.interop.{form.notes}").notes(out / f"layer_{layers[0]}")
         loading = "\n".join([loading, *notes])
     return loading, fits
 

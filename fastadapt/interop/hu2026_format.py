@@ -90,15 +90,18 @@ def iter_adapters(
     if odd := sorted(expected ^ tensors.keys()):
         raise UserError(
             f"{source}: {len(odd)} transcoder tensors are missing, or belong to none of the "
-            f"{len(layers)} layers of config.json: {odd[:3]}"
+            f"{len(layers)} layers of config.json (num_hidden_layers): {odd[:3]}"
         )
+    sizes = f"hidden_size {config.hidden_size}, transcoder_n_features {settings.n_features}"
     for layer in layers:
         adapter = TranscoderAdapter(config.hidden_size, settings, device="meta")
         weights: dict[str, Tensor] = {}
         for name, empty in adapter.named_parameters():
             tensor = tensors[layer + NAMES[name]]()
             shape = empty.T.shape if name == "W_dec" else empty.shape
-            check_tensor(tensor, source, layer + NAMES[name], shape=shape, finite=True)
+            check_tensor(
+                tensor, f"{source} ({sizes})", layer + NAMES[name], shape=shape, finite=True
+            )
             weights[name] = tensor.T.contiguous() if name == "W_dec" else tensor
         adapter.load_state_dict(weights, assign=True)
         yield adapter

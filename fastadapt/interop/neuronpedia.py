@@ -76,7 +76,7 @@ class Written:
     Attributes:
         batches, features: numbers of files and of features in them.
         silent: features without an example.
-        shortened: descriptions that were cut to 512 characters.
+        shortened: descriptions that were cut to 512 UTF-16 units, as the server counts them.
     """
 
     batches: int = 0
@@ -147,7 +147,7 @@ def _features(store: Store, layer: int, strings: list[str], written: Written) ->
             written.silent += 1
             continue
         texts = [each["description"].strip() for each in described.get(number, [])]
-        written.shortened += sum(len(text) > MAX_TEXT for text in texts)
+        written.shortened += sum(_length(text) > MAX_TEXT for text in texts)
         yield {
             "index": number,
             "density": row["density"],
@@ -192,8 +192,16 @@ def _logits(rows: list[dict[str, Any]], end: str) -> list[Logit]:
     return logits[:MAX_LOGITS]
 
 
+def _length(text: str) -> int:
+    """Return the length that the server counts: UTF-16 units, two for a character above U+FFFF."""
+    return len(text.encode("utf-16-le")) // 2
+
+
 def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+    if _length(text) <= MAX_TEXT:
+        return text
+    units = text.encode("utf-16-le")[: 2 * (MAX_TEXT - 1)]
+    return units.decode("utf-16-le", "ignore") + "…"  # half a character at the end is left out
 
 
 def write_record(path: Path, *, model_id: str, source_set: str) -> None:

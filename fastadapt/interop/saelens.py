@@ -205,6 +205,7 @@ def _read(folder: Path) -> CoderSet:
     facts = metadata.get("fastadapt")
     empty = empty_coder(config, facts, file)
     name = metadata.get("hook_name") or "unknown"
+    _check_guard(name, facts, file)
     name_out = metadata.get("hook_name_out") or name
     hook, layer = find_hook(name, "transformer_lens")
     hooks = Hooks(hook, find_hook(name_out, "transformer_lens")[0])
@@ -215,6 +216,21 @@ def _read(folder: Path) -> CoderSet:
     known = {key: facts[key] for key in pair if facts and facts.get(key)}
     layers = {layer: partial(_read_weights, folder / WEIGHTS, empty)}
     return CoderSet(empty, layers, hooks, metadata.get("model_name"), known)
+
+
+def _check_guard(name: str, facts: Mapping[str, Any] | None, file: Path) -> None:
+    """Raise ``UserError`` unless ``metadata.fastadapt`` and a hook name of ours say the same.
+
+    Without it, an adapter would be read as a transcoder, which takes the MLP's place.
+    """
+    recorded = None if facts is None else facts["additive"]
+    for additive, guard in _GUARDS.items():
+        if name.endswith(guard.removeprefix("{hook}")) and recorded is not additive:
+            got = "no metadata.fastadapt" if facts is None else json.dumps(recorded)
+            raise UserError(
+                f"{file}: metadata.fastadapt.additive: expected {json.dumps(additive)}, as the "
+                f"hook name {name!r:.160} says, got {got}; export it again"
+            )
 
 
 def _is_old(config: ConfigFile) -> bool:

@@ -51,8 +51,8 @@ def attach(model: Any, coders: Iterable[Any]) -> None:
 
     Example::
 
-        sae = SAE.load_from_disk("exported/layer_3")
-        attach(model, [sae])
+        saes = [SAE.load_from_disk(f"exported/layer_{i}") for i in range(n_layers)]
+        attach(model, saes)
         logits = model(tokens)
     """
     if str(getattr(getattr(model, "cfg", None), "normalization_type", "")).endswith("Pre"):

@@ -1,4 +1,4 @@
-"""Runs, checkpoints, adapters and stores that an earlier commit wrote are resumed and read."""
+"""Runs, checkpoints, adapters, stores and results of earlier commits are resumed and read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from fastadapt.data.prepare.output_folder import read_manifest
+from fastadapt.evaluation.difference.result import read_result
+from fastadapt.evaluation.folder import read_part
+from fastadapt.features.autointerp.judgements import read_judgements
+from fastadapt.features.store.sets import load_set
 from fastadapt.features.store.store import Store
+from fastadapt.graphs.files import read_graph
+from fastadapt.models.huggingface.checkpoint import export_kind
 from fastadapt.models.trained_files import load_adapters
 
 OLD = Path(__file__).parent / "old_files"
+RESULTS = OLD / "results"
 #: Fields of a record that depend on the machine's speed.
 TIMES = {"wall_s", "tokens_per_s"}
 
@@ -72,7 +80,52 @@ def test_a_finished_run_is_read(fastadapt: Callable[..., Any], tmp_path: Path) -
     assert outcome.code == 0, outcome.err
 
 
-@pytest.mark.parametrize("name", ["finished", "killed"])
+@pytest.fixture
+def old_store(tmp_path: Path) -> Store:
+    """Return a copy of the old store, with a set and judgements of its features."""
+    folder = tmp_path / "run"
+    shutil.copytree(OLD / "finished", folder)
+    (folder / "features/sets").mkdir()
+    shutil.copyfile(RESULTS / "set.json", folder / "features/sets/mine.json")
+    shutil.copyfile(RESULTS / "judgements.json", folder / "features/judgements.json")
+    return Store.open(folder)
+
+
+def read_evaluation(store: Store) -> dict[str, Any]:
+    result = json.loads((RESULTS / "eval.json").read_text(encoding="utf-8"))
+    about = ("schema_version", "pair", "fingerprints", "settings")
+    return read_part(RESULTS, "outputs", {name: result[name] for name in about})
+
+
+#: Readers of a document, what they find in it, and what must be in it.
+DOCUMENTS: dict[str, tuple[Callable[[Store], Any], Any]] = {
+    "set.json": (lambda s: load_set(s, "mine").features, ((0, 1), (2, 3))),
+    "judgements.json": (lambda s: list(read_judgements(s)["judges"]), ["tokens"]),
+    "eval.json": (lambda s: set(read_evaluation(s)), {"faithfulness", "order", "texts"}),
+    "where.json": (lambda _: read_result(RESULTS / "where.json")["schema_version"], 1),
+    "graph.json": (lambda _: read_graph(RESULTS / "graph.json")["tokens"], [" tom", " has"]),
+    "fastadapt-export.json": (lambda _: export_kind(RESULTS), "set of coders"),
+    "data": (lambda _: (read_manifest(RESULTS / "data") or {})["settings"]["train"], 12),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_result_is_read(name: str, old_store: Store) -> None:
+    read, expected = DOCUMENTS[name]
+    assert read(old_store) == expected
+
+
+def test_every_result_has_a_reader() -> None:
+    assert {path.name for path in RESULTS.iterdir()} == DOCUMENTS.keys()
+
+
+def test_an_old_data_folder_is_inspected(fastadapt: Callable[..., Any]) -> None:
+    outcome = fastadapt("data", "inspect", RESULTS / "data", "--pair", "organism")
+    assert outcome.code == 0, outcome.err
+    assert "12" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["finished", "killed", "results"])
 def test_old_files_hold_no_path_of_the_machine(name: str) -> None:
     for path in (OLD / name).rglob("*.json*"):
         assert "/tmp" not in path.read_text(encoding="utf-8")

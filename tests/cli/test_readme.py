@@ -176,6 +176,23 @@ def test_the_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def test_ci_runs_the_blocks_of_the_pages() -> None:
+    """The workflow calls make targets that exist, and one of them runs this file's slow tests."""
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"- run: make (.*)$|target: (\w+)", workflow, re.MULTILINE)
+    targets = {word for pair in commands for word in " ".join(pair).split() if word.isalpha()}
+    assert targets >= {"docs", "slow", "interop", "coverage"}
+    recipes = {t: re.search(rf"^{t}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE) for t in targets}
+    assert None not in recipes.values()
+    slow = recipes["slow"]
+    assert slow is not None
+    assert "-m slow" in slow[1]
+    for path in ("tests/cli/test_readme.py", "tests/packaging", "tests/adapter"):
+        assert path in slow[1]
+        assert (ROOT / path).exists()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_comment_is_left(page: str) -> None:
     assert "<!--" not in PAGES[page]

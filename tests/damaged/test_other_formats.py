@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from damage import Damage, sweep, variants
+from safetensors.torch import save_file
 from sets import make_set, randomised, weights_of, write_cross_layer
 
 from fastadapt.adapter.coder import SparseCoder
 from fastadapt.adapter.coder_files import CoderSet, save_coders
-from fastadapt.adapter.module import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.sae import Transcoder
-from fastadapt.interop import dictionary_learning, saelens, sparsify, transcoder_sets
+from fastadapt.interop import dictionary_learning, hu2026, saelens, sparsify, transcoder_sets
 from fastadapt.interop.cross_layer import read_cross_layer_set
+from fastadapt.interop.hu2026_format import NAMES
 from fastadapt.models.trained_files import load_adapters
 
 
 def of_twice_the_width() -> SparseCoder:
     """Return a transcoder whose number of features is that of a default without ``num_latents``."""
     return randomised(Transcoder(5, AdapterConfig(10, "topk", k=2)), 0)
+
+
+def write_published(path: Path) -> None:
+    """Write a published checkpoint without the tensors that its adapters do not need."""
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 4,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "transcoder_n_features": 6,
+        "transcoder_dec_bias": True,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for layer in range(2):
+        adapter = randomised(TranscoderAdapter(4, AdapterConfig(6)), layer)
+        for ours, theirs in NAMES.items():
+            tensor = getattr(adapter, ours).detach()
+            tensor = tensor.T.contiguous() if ours == "W_dec" else tensor
+            tensors[f"model.layers.{layer}.mlp.{theirs}"] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_published(path: Path) -> None:
+    hu2026.to_adapters(str(path), path.parent / "converted", overwrite=True)
 
 
 #: Readers, and how a small folder of their format is written.
@@ -45,6 +73,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
         lambda path: transcoder_sets.write(make_set("transcoder", square=True), path),
     ),
     "cross-layer": (read_cross_layer_set, lambda path: write_cross_layer(path, optional=False)),
+    "hu2026": (read_published, write_published),
     "ours": (
         load_adapters,
         lambda path: save_coders(make_set("subtracting sae", layers=(3, 12)), path),
@@ -63,9 +92,18 @@ FILES = [
     ("cross-layer", "config.yaml"),
     ("cross-layer", "W_enc_1.safetensors"),
     ("cross-layer", "W_dec_1.safetensors"),
+    ("hu2026", "config.json"),
+    ("hu2026", "model.safetensors"),
     ("ours", "fastadapt.json"),
     ("ours", "layer_12.safetensors"),
 ]
+
+#: Other texts that say where the damage is: the numbered file, or the folder and a tensor in it.
+NAMED = {
+    "ours": ("layer_",),
+    "circuit-tracer": ("layer_",),
+    "hu2026": ("): tensor model.layers.", "transcoder tensors are missing", "has model type `"),
+}
 
 #: Keys that may have any value of their type, or that no reader uses.
 FREE = {
@@ -94,12 +132,15 @@ VALID = {
     *("activation removed", "num_latents 0", "num_latents removed", "skip_connection removed"),
     *("buffer removed", "buffer {}", "model_kind removed"),
     *("adapter.base_mlp removed", "adapter.bias removed"),
+    *("num_attention_heads removed", "transcoder_dec_bias removed"),
 }
 
 
 def is_valid(damage: Damage, path: Path) -> bool:
     if path.suffix == ".safetensors":
-        return damage.name.startswith("bit flip")  # the format has no checksum
+        # The format has no checksum, and a published checkpoint has tensors beside its adapters.
+        more = path.name == "model.safetensors" and damage.name == "one tensor more"
+        return more or damage.name.startswith("bit flip")
     if path.suffix == ".yaml" and damage.name in ("document is {}", "1e400", "NaN"):
         return True
     cut = path.suffix == ".yaml" and damage.name.startswith("cut at")
@@ -114,5 +155,5 @@ def test_every_damage_is_refused_by_name(name: str, file: str, tmp_path: Path) -
     write(folder)
     path = folder / file
     read(folder)  # the control: the sound folder is accepted
-    names = (path.name, *(("layer_",) if name in ("ours", "circuit-tracer") else ()))
+    names = (path.name, *NAMED.get(name, ()))
     sweep(path, variants(path), lambda: read(folder), lambda d, _: is_valid(d, path), names)

@@ -1,9 +1,14 @@
-"""The toolkit's data sets become the configuration of a run, which `fastadapt train` reads."""
+"""The method of the diffing toolkit: its class, and the toolkit's data sets as a run's settings."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -55,3 +60,66 @@ def test_data_to_validate_on_are_required() -> None:
     for datasets in ([], [WEB]):
         with pytest.raises(ValueError, match=r"validation split, got .*method\.datasets"):
             run_settings("a", "b", datasets, "out", {})
+
+
+class Method:
+    """Base class of the toolkit's methods, as far as it is used."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg, self.method_cfg = cfg, cfg.diffing.method
+
+
+@pytest.fixture
+def method(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import ``method.py`` with modules in place of the toolkit's."""
+    names: dict[str, dict[str, Any]] = {
+        "diffing.methods.diffing_method": {"DiffingMethod": Method},
+        "diffing.pipeline": {},
+        "diffing.pipeline.diffing_pipeline": {"get_method_class": str.upper},
+        "diffing.utils.agents": {"DiffingMethodAgent": SimpleNamespace},
+        "diffing.utils.agents.prompts": {"POST_OVERVIEW_PROMPT": ""},
+        "diffing.utils.configs": {"get_dataset_configurations": None},
+        "omegaconf": {"DictConfig": dict, "OmegaConf": None},
+        "streamlit": {"shown": []},
+    }
+    for name, attributes in names.items():
+        module = ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    pipeline: Any = sys.modules["diffing.pipeline"]
+    pipeline.diffing_pipeline = sys.modules["diffing.pipeline.diffing_pipeline"]
+    shown: Any = sys.modules["streamlit"]
+    shown.subheader = shown.shown.append
+    shown.code = lambda text, language: shown.shown.append(text)
+    html = SimpleNamespace(html=lambda text, height, scrolling: shown.shown.append(text))
+    shown.components = SimpleNamespace(v1=html)
+    monkeypatch.delitem(sys.modules, "method", raising=False)
+    yield import_module("method")
+    del sys.modules["method"]
+
+
+def test_the_toolkit_makes_the_method_and_shows_its_pages(method: Any, tmp_path: Path) -> None:
+    """``main.py`` gets the class after ``register``; the dashboard calls the two last methods."""
+    method.register()
+    pipeline: Any = sys.modules["diffing.pipeline.diffing_pipeline"]
+    assert pipeline.get_method_class("fastadapt") is method.FastadaptMethod
+    assert pipeline.get_method_class("kl") == "KL"
+    results = tmp_path / "qwen" / "medical"
+    settings = SimpleNamespace(program="fastadapt", overwrite=False)
+    instance = method.FastadaptMethod(
+        SimpleNamespace(diffing=SimpleNamespace(results_dir=str(results), method=settings))
+    )
+    assert instance.has_results(tmp_path) == {}
+    instance.run_dir.mkdir()
+    for name in ("changes.html", "report.html", "changes.json"):
+        (instance.run_dir / name).write_text("{}")
+    assert instance.has_results(tmp_path) == {"qwen": {"medical": str(results / "fastadapt")}}
+    instance.visualize()
+    shown: Any = sys.modules["streamlit"]
+    assert shown.shown == [
+        *("changes.html", "{}", "report.html", "{}"),
+        f"fastadapt features serve {instance.run_dir}",
+    ]
+    assert instance.get_agent().cfg is instance.cfg
+    assert yaml.safe_load(METHOD.read_text(encoding="utf-8"))["name"] == method.NAME
+    assert "src/diffing/pipeline/diffing_pipeline.py" in method.__doc__

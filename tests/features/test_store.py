@@ -37,6 +37,11 @@ def test_a_run_finds_its_store_and_rows_of_one_feature(folder: Path) -> None:
     assert len([row for row in rows if row["sample"] == "top"]) == min(20, counts[0])
 
 
+def test_a_store_prints_its_folder_and_sizes(folder: Path) -> None:
+    store = Store.open(folder)
+    assert repr(store) == f"Store({str(folder / 'features')!r}, adapter=(2, 6))"
+
+
 def test_sql_reads_the_store_and_nothing_else(folder: Path) -> None:
     import duckdb
 

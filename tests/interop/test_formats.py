@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from organism_runs import make_run
+from safetensors.torch import load_file
 from sets import assert_equal, make_set, outputs, weights_of
 from stores import StoreText, make_store
 
@@ -22,7 +25,7 @@ from fastadapt.cli.export import Checkpoint, Coders, Format
 from fastadapt.cli.main import main
 from fastadapt.errors import UserError
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.interop.formats import FORMATS, require_output
+from fastadapt.interop.formats import FORMATS, export_coders, require_output
 from fastadapt.interop.neuronpedia import write_record
 from fastadapt.models.huggingface.checkpoint import RECORD, Kind, export_kind
 from fastadapt.organism import FOLDER
@@ -109,6 +112,31 @@ def test_an_adapter_never_becomes_a_replacement(
     assert again.is_additive
     assert again.metadata["target"] == "org/model"
     assert "base" not in again.metadata  # which model it is stands in no file of SAELens
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1, 12)])
+@pytest.mark.parametrize("name", ["saelens", "dictionary-learning"])
+def test_the_printed_code_loads_every_layer(
+    name: str, layers: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = "adapter" if name == "saelens" else "subtracting sae"
+    coders, out = make_set(kind, layers=layers), tmp_path / "it's {here}"
+    save_coders(coders, tmp_path / "ours")
+    attached: list[Any] = []
+    monkeypatch.setattr("fastadapt.interop.saelens.attach", lambda _, saes: attached.extend(saes))
+    theirs = ModuleType("sae_lens")
+    theirs.SAE = SimpleNamespace(  # type: ignore[attr-defined]
+        load_from_disk=lambda path: load_file(Path(path) / "sae_weights.safetensors")
+    )
+    monkeypatch.setitem(sys.modules, "sae_lens", theirs)
+    code = export_coders(tmp_path / "ours", out, name)[0].splitlines()[0]
+    names: dict[str, Any] = {"model": None}
+    exec(code, names)
+    loaded = attached if name == "saelens" else names["state_dicts"]
+    assert len(loaded) == len(layers)
+    key = "b_enc" if name == "saelens" else "encoder.bias"
+    for weights, (_, coder) in zip(loaded, coders.coders(), strict=True):
+        assert torch.equal(weights[key], coder.b_enc)
 
 
 def test_exports_of_other_kinds_are_not_replaced(tmp_path: Path) -> None:

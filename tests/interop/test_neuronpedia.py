@@ -16,7 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 from fastadapt.cli.main import main
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import DESCRIPTIONS
-from fastadapt.interop.neuronpedia import write
+from fastadapt.interop.neuronpedia import MAX_TEXT, _cut, write
 
 L, F = 2, 150
 STRINGS = [f" w{i}" for i in range(40)]
@@ -81,6 +81,7 @@ def data(tmp_path: Path) -> StoreData:
         {"layer": 0, "feature": 1, "variant": "top", "description": "waiting"},
         {"layer": 0, "feature": 1, "variant": "uniform", "description": "x" * 600},
         {"layer": 1, "feature": 2, "variant": "top", "description": " "},
+        {"layer": 1, "feature": 2, "variant": "uniform", "description": "𝑥" * 300},
     ]
     more = {"judge": "some judge", "shown": [0]}
     table = pa.Table.from_pylist([{**row, **more} for row in rows], schema=DESCRIPTIONS)
@@ -98,7 +99,7 @@ def test_batches_obey_the_servers_rules_and_are_the_stores(data: StoreData, tmp_
     written = write(data.store, out, model_id="qwen2.5-7b", source_set="diff-r1")
     bodies = batches(out)
     assert (written.batches, written.features) == (2, 100 + 10) == (len(bodies), 110)
-    assert (written.silent, written.shortened) == (50 + 140, 1)
+    assert (written.silent, written.shortened) == (50 + 140, 2)
     for body in bodies:
         msgspec.convert(body, Body, strict=True)
         indices = [feature["index"] for feature in body["features"]]
@@ -120,6 +121,16 @@ def test_batches_obey_the_servers_rules_and_are_the_stores(data: StoreData, tmp_
     (lens,) = data.store.read("lens", layer=0, features=[1]).to_pylist()
     assert [logit["token"] for logit in feature["topLogits"]] == lens["promoted_tokens"]
     assert [logit["value"] for logit in feature["bottomLogits"]] == lens["suppressed_logits"]
+
+
+@pytest.mark.parametrize("text", ["x𝑥" * 300, "𝑥" * 300, "𝑥" * 257, "x" + "𝑥" * 256])
+def test_long_descriptions_are_cut_as_the_server_counts(text: str) -> None:
+    """JavaScript's length counts a character above U+FFFF twice."""
+    cut = _cut(text)
+    assert MAX_TEXT - 1 <= sum(1 + (ord(c) > 0xFFFF) for c in cut) <= MAX_TEXT
+    assert cut.endswith("…")
+    assert text.startswith(cut[:-1])
+    assert _cut("𝑥" * 256) == "𝑥" * 256  # the control: 512 units
 
 
 def test_many_features_are_divided(tmp_path: Path) -> None:
@@ -149,7 +160,7 @@ def test_the_command(data: StoreData, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--source_set is missing" in capsys.readouterr().err
     assert main([*words, "--source_set", "s"]) == 0
     printed = capsys.readouterr().out
-    assert "110 features in 2 batches; 190 without an example left out; 1 descriptions" in printed
+    assert "110 features in 2 batches; 190 without an example left out; 2 descriptions" in printed
     assert "/api/feature/upload-batch" in printed
     assert len(batches(tmp_path / "out")) == 2
     assert main([*words, "--source_set", "s"]) == 2

@@ -214,6 +214,26 @@ def test_an_adapter_has_no_hook_that_add_sae_finds(tmp_path: Path) -> None:
         assert metadata["fastadapt"]["additive"] == (kind == "adapter")
 
 
+@pytest.mark.parametrize("kind", ["adapter", "skip"])
+@pytest.mark.parametrize("facts", [None, "removed", "other"])
+def test_an_adapter_is_read_as_nothing_else(kind: str, facts: str | None, tmp_path: Path) -> None:
+    """Without its record, an adapter would replace the MLP to whose output it is added."""
+    path = folder(tmp_path)
+    write(make_set(kind, layers=(0,), square=True), path)
+    assert read(path).is_additive == (kind == "adapter")  # the control
+    config = config_of(path)
+    if facts == "other":
+        config["metadata"]["fastadapt"]["additive"] = kind != "adapter"
+    elif facts == "removed":
+        del config["metadata"]["fastadapt"]
+    else:
+        config["metadata"]["fastadapt"] = None
+    (path / "layer_0" / CONFIG).write_text(json.dumps(config))
+    reason = r"layer_0/cfg\.json: (metadata\.fastadapt\.additive: expected|.*adapter has no skip)"
+    with pytest.raises(UserError, match=reason):
+        read(path)
+
+
 class Point:
     """Hook point of TransformerLens, as far as ``attach`` uses it."""
 

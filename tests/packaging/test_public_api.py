@@ -26,6 +26,7 @@ LISTED_ELSEWHERE = {"contrast", "data inspect", "data prepare", "eval", "train",
 #: Public modules beside ``fastadapt`` and the modules of ``fastadapt.kernels``.
 OTHERS = (
     "fastadapt.adapter.coder_files",
+    "fastadapt.interop.cross_layer",
     "fastadapt.interop.dictionary_learning",
     "fastadapt.interop.hu2026",
     "fastadapt.interop.saelens",
@@ -33,6 +34,23 @@ OTHERS = (
     "fastadapt.interop.transcoder_sets",
     "fastadapt.serving",
 )
+
+#: What public functions and attributes give, and the pages use: classes, and methods of classes of
+#: which nothing else is public.
+RESULTS = (
+    "fastadapt.adapter.coder.Aux",
+    "fastadapt.effects.generate.Generated",
+    "fastadapt.effects.trace.Firing",
+    "fastadapt.effects.trace.Trace",
+    "fastadapt.effects.views.FeatureCard",
+    "fastadapt.effects.views.Responses",
+    "fastadapt.effects.views.TextFeatures",
+    "fastadapt.effects.views.TextKL",
+    "fastadapt.features.store.store.Store.read",
+    "fastadapt.hub.push.Pushed",
+)
+#: Public members whose names begin with an underscore.
+OPERATORS = ("__getitem__",)
 
 
 class Text(str):
@@ -63,7 +81,8 @@ def members(kind: type) -> dict[str, Any]:
     inside = [base for base in reversed(kind.__mro__) if base.__module__.startswith("fastadapt")]
     merged = {name: value for base in inside for name, value in vars(base).items()}
     fields = (*getattr(kind, "_fields", ()), *getattr(kind, "__dataclass_fields__", ()))
-    return {n: v for n, v in merged.items() if not n.startswith("_") and n not in fields}
+    public = {n: v for n, v in merged.items() if n in OPERATORS or not n.startswith("_")}
+    return {n: v for n, v in public.items() if n not in fields}
 
 
 def describe(name: str, value: Any) -> Iterator[str]:
@@ -121,6 +140,11 @@ def public_api() -> str:
         for public in sorted(module.__all__):
             lines += describe(public, getattr(module, public))
         lines.append("")
+    lines.append("# results")
+    for path in RESULTS:
+        name = re.sub(r".*\.(?=[A-Z])", "", path)  # their modules are not public
+        lines += describe(name, pkgutil.resolve_name(path))
+    lines.append("")
     return "\n".join([*lines, "# command line", *command_lines()]) + "\n"
 
 
@@ -140,6 +164,18 @@ def test_public_names_signatures_and_options_are_frozen() -> None:
 
 def test_the_list_depends_on_no_address() -> None:
     assert not re.search(r" at 0x[0-9a-f]+", LIST.read_text(encoding="utf-8"))
+
+
+def test_what_public_functions_return_is_listed() -> None:
+    """Classes of this library that a run's methods, and calls of adapters, name as their result."""
+    import fastadapt
+
+    listed = {path.rpartition(".")[2] for path in RESULTS} | set(fastadapt.__all__)
+    calls = [fastadapt.TranscoderAdapter.forward, *members(fastadapt.LoadedRun).values()]
+    texts = [str(inspect.signature(call).return_annotation) for call in calls if callable(call)]
+    returned = set(re.findall(r"\b[A-Z]\w+", " ".join(texts))) - {"Tensor"}
+    assert returned == {"Aux", "FeatureCard", "Pushed", "Responses", "TextFeatures", "TextKL"}
+    assert returned <= listed
 
 
 def test_every_public_module_has_a_page() -> None:

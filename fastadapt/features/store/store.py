@@ -111,11 +111,17 @@ class Store:
     Attributes:
         folder: folder of the store.
         manifest: contents of ``manifest.json``.
+
+    ``print(store)`` shows the folder, and the layers and units per layer of each kind.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+
+    def __repr__(self) -> str:
+        units = "".join(f", {kind}={self.shape(kind)}" for kind in self.kinds)
+        return f"Store({str(self.folder)!r}{units})"
 
     @classmethod
     def open(
