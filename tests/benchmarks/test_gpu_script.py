@@ -32,6 +32,7 @@ PRESENT = {
     *("torch", "torchgen", "functorch", "filelock", "mpmath", "networkx", "sympy"),
     *("typing_extensions", "triton", "numpy", "yaml", "_yaml", "safetensors"),
     *("pytest", "_pytest", "py", "iniconfig", "packaging", "pluggy", "pygments"),
+    *(("tomli", "exceptiongroup") if sys.version_info < (3, 11) else ()),
     *("transformers", "huggingface_hub", "tokenizers", "regex", "tqdm", "fsspec", "click"),
     *("httpx2", "httpcore2", "h11", "anyio", "idna", "truststore", "typer", "annotated_doc"),
 }

@@ -11,9 +11,15 @@ import torch
 
 
 def whole(folder: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    from fastadapt.models.architectures import ARCHITECTURES
+
+    # Named, since older versions of transformers choose for Gemma 2 one without its soft-cap.
+    attention = ARCHITECTURES[AutoConfig.from_pretrained(folder).model_type].attention
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation=attention
+    )
 
 
 def adapted(base: Any, settings: dict[str, Any], seed: int = 5) -> Any:
