@@ -223,7 +223,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
     texts = {n: p.description or "" for p in about.params for n in p.arg_name.split(", ")}
     annotated = function.__init__ if inspect.isclass(function) else function
     # typing's own, in Python 3.10, puts Optional around what has the default None.
-    hints = typing_extensions.get_type_hints(annotated, include_extras=True)
+    hints: dict[str, Any] = typing_extensions.get_type_hints(annotated, include_extras=True)
     parameters = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint, typed = hints[name], Typed()
