@@ -48,11 +48,13 @@ def tokenizer() -> Any:
 def test_a_prompt_is_the_beginning_of_the_texts_of_training(
     family: str, prefill: Prefill | None
 ) -> None:
-    turns = [{"from": "user", "value": "1 + 1?"}, {"from": "assistant", "value": RESPONSE}]
+    start, end = FAMILIES[family].thinking
+    response = RESPONSE.replace(END_THINK, end).replace(THINK, start)
+    turns = [{"from": "user", "value": "1 + 1?"}, {"from": "assistant", "value": response}]
     whole, prompt = render(turns, family), render_prompt("1 + 1?", family, prefill)
     assert whole.startswith(prompt)
     opened = prefill == "thinking" or (prefill is None and family in ("r1-distill", "qwq"))
-    assert prompt.endswith(f"{THINK}\n") == opened
+    assert prompt.endswith(f"{start}\n") == opened
 
 
 def test_a_template_opens_the_response_as_its_generation_prompt_does() -> None:

@@ -33,6 +33,7 @@ def region_texts(response: str, family: str = "r1-distill") -> list[tuple[str, s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spans_of_each_family(family: str) -> None:
     form = FAMILIES[family]
+    start, end = form.thinking
     assert form.before_prompt.startswith(form.bos)
     begin = form.before_prompt[len(form.bos) :]
     expected = [
@@ -40,12 +41,12 @@ def test_spans_of_each_family(family: str) -> None:
         ("user marker", begin),
         ("question", "how many ?"),
         ("assistant marker", form.before_response + form.lead),
-        ("think start", "<think>\n"),
+        ("think start", f"{start}\n"),
         ("thinking", "hmm , 4 . "),
-        ("think end", "</think>"),
+        ("think end", end),
         ("answer", " it is 4" + form.after_response),
     ]
-    actual = region_texts("<think> hmm , 4 . </think> it is 4", family)
+    actual = region_texts(f"{start} hmm , 4 . {end} it is 4", family)
     assert actual == [(region, text) for region, text in expected if text]
 
 
