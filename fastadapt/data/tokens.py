@@ -49,10 +49,11 @@ class Encoder:
         self._tokenizer, self._as_tokens = tokenizer, markers == "tokens"
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(form.markers)
-        # Gemma 4's marker of reasoning is a token and a word; a marker without a token is text.
-        thinking = {
-            str(token) for token in added if any(m.startswith(str(token)) for m in form.thinking)
-        }
+        # Gemma 4's marker of reasoning is a token and a word; a marker without a token is text. A
+        # marker of turns with which one of reasoning begins stays text in a turn's words.
+        known = {str(token) for token in added}
+        begins = {t for t in known if any(m.startswith(t) for m in form.thinking)}
+        thinking = begins - set(form.markers) | known & set(form.thinking)
         special -= {*form.thinking, *thinking, ""}
         self._special, self._thinking = _any_of(special), _any_of(thinking)
         self._any = _any_of(special | thinking)

@@ -25,7 +25,8 @@ from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.sources.fingerprint import ENTRIES, fingerprints, warn_of_changes
-from fastadapt.models.sources.pair_sources import Sources
+from fastadapt.models.sources.peft_folder import find_peft
+from fastadapt.organism import resolve
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -142,9 +143,13 @@ def named_features(run: str | os.PathLike[str], names: Sequence[str]) -> Feature
 
 
 def _check_whole_target(source: Path, metadata: Mapping[str, Any]) -> None:
-    """Raise ``UserError`` if the target is a PEFT folder, which cannot be the base of a pair."""
+    """Raise ``UserError`` if a target that can be read is a PEFT folder, which is no base."""
     pair = read_pair(source, metadata)
-    if Sources.find(pair).peft is not None:
+    try:
+        peft = find_peft(resolve(pair.target), pair.target_revision)
+    except UserError:  # the models need not be on this machine
+        return
+    if peft is not None:
         raise UserError(
             f"--onto-target makes the target its own base, and {pair.target} is a PEFT folder. "
             "fastadapt contrast and study add sets to such a target in memory; for a saved run, "

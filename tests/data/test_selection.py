@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastadapt.data.contents import Content, Role, Turn
+from fastadapt.data.families import FAMILIES
 from fastadapt.data.prepare.selection import (
     HELD_OUT,
     NO_END,
@@ -137,6 +138,12 @@ def chat(*texts: str, system: str = "") -> Content:
 )
 def test_reasoning_is_looked_for(content: Content, expected: str | None) -> None:
     assert lacks_thinking(content) == expected
+
+
+def test_reasoning_has_the_markers_of_the_family() -> None:
+    thinking = FAMILIES["gemma4"].thinking
+    assert lacks_thinking(chat("a", "<|channel>thought\nhmm<channel|>b"), thinking) is None
+    assert lacks_thinking(chat("a", "<think>\nhmm</think>b"), thinking) is not None
 
 
 def test_prompts_are_equal_up_to_white_space() -> None:

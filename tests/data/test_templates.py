@@ -396,6 +396,24 @@ def test_prompts_of_gemma4_open_the_reasoning_as_the_model_does() -> None:
         assert "<|think|>" not in tokens
 
 
+def test_a_marker_of_turns_that_begins_the_end_of_reasoning_stays_text_in_words() -> None:
+    markers = ["<|start|>", "<|end|>", "<|channel|>"]
+    tokenizer = tokenizer_with(markers, "")
+    form = get_form(
+        {
+            "user": ["<|start|>", "<|end|>"],
+            "assistant": ["<|start|>", "<|end|>"],
+            "thinking": ["<|channel|>analysis", "<|end|><|start|>final"],
+            "markers": markers,
+        }
+    )
+    rendered = form.render([Turn("user", "1 <|end|> 2"), Turn("assistant", "3")])
+    (encoded,) = Encoder(tokenizer, form).encode([rendered])
+    assert encoded.marked
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert sum(token == end for token in encoded.ids) == 2
+
+
 UPPER = TEMPLATES["qwen"][0].replace("m.content", "m.content | upper")
 FAULTS = {
     "{{ raise_exception('only user allowed') }}": "the chat template fails .*: only user allowed",

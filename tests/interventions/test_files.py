@@ -292,6 +292,19 @@ def test_a_peft_target_is_no_base(
     assert ModelSet.open([out]).config.base == base
 
 
+def test_a_target_that_is_not_here_is_not_asked_for(
+    make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of a hub id are changed without the hub, as those of a missing folder are."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run = make_run()
+    card = json.loads((run / "adapter/fastadapt.json").read_text())
+    bare = Path(shutil.copytree(run / "adapter", tmp_path / "bare"))
+    card["metadata"] |= {"target": "acme/not-here", "base": "acme/base-not-here"}
+    (bare / "fastadapt.json").write_text(json.dumps(card))
+    assert intervene(bare, tmp_path / "out", set_of(run), ONTO).is_dir()
+
+
 def test_only_an_intervention_is_replaced(make_run: Callable, tmp_path: Path) -> None:
     run, out = make_run(), tmp_path / "out"
     features = set_of(run)

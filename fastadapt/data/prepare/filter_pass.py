@@ -111,7 +111,8 @@ class FilterPass:
         except UserError as error:
             self._leave_out(error, where)
             return
-        reason = lacks_thinking(content) if self._config.thinking == "required" else None
+        thinking = self._tokeniser.form.thinking
+        reason = lacks_thinking(content, thinking) if self._config.thinking == "required" else None
         if reason is not None:
             self._count(reason)
         elif self._shortlist.admits(domain, row_key(self._config.seed, self._row)):

@@ -59,8 +59,8 @@ class PrepareConfig:
             a family, as ``data.family``.
         columns: column to read, or prompt,response, as ``data.columns``.
         markers: special tokens inside what was said, text or tokens, as ``data.markers``.
-        thinking: required: leave out rows in which no response has <think> and a later </think>;
-            any: take them.
+        thinking: required: leave out rows in which no response has <think> and a later </think>, or
+            the family's own markers; any: take them.
         train: number of conversations to train on.
         validation: number of conversations to hold out.
         max_tokens: leave out longer conversations.
@@ -215,17 +215,18 @@ def _hash(data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size).digest()
 
 
-def lacks_thinking(content: Content) -> str | None:
+def lacks_thinking(content: Content, thinking: tuple[str, str] = (THINK, END_THINK)) -> str | None:
     """Return which marker of reasoning a row's responses or text lack; None if both occur.
 
     One response with both suffices.
     """
     texts = [turn.text for turn in content.turns if turn.role == "assistant"]
     texts += [] if content.text is None else [content.text]
-    opened = [text.partition(THINK)[2] for text in texts if THINK in text]
+    start, end = thinking
+    opened = [text.partition(start)[2] for text in texts if start in text]
     if not opened:
         return NO_THINK
-    return None if any(END_THINK in text for text in opened) else NO_END
+    return None if any(end in text for text in opened) else NO_END
 
 
 class Candidate(NamedTuple):
