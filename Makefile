@@ -92,7 +92,7 @@ interop: $(INTEROP:%=$(VENV)/interop-%)  ## round trips, spliced logits and the 
 with = PYTHONPATH=$(abspath $(VENV))/interop-$1 OMP_NUM_THREADS=1 WANDB_MODE=disabled HF_HUB_OFFLINE=1 \
 	SPARSIFY_DISABLE_TRITON=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python $2
 
-$(VENV)/interop-%: tests/interop/real/%.txt | $(VENV)/.eval
+$(VENV)/interop-%: tests/interop/real/%.txt | $(VENV)/.dev
 	rm -rf $@.part
 	$(PIP) --no-deps --target $@.part -r $<
 	rm -rf $@
