@@ -99,6 +99,8 @@ def _print_store(store: Store) -> None:
             f"{n_long:,} of {data['read']:,} conversations were left out: they are longer than "
             "--max_tokens or the model's context"
         )
+    if n_bad := data.get("bad_rows"):
+        print(f"{n_bad:,} rows were left out, since they cannot be read (data.bad_rows)")
     if n_marked := data.get("with_markers"):
         print(markers_note(n_marked, data["texts"]))
     if store.has("scales"):

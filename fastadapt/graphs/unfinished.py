@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import remove, remove_if_empty
 from fastadapt.io.ledger import Ledger
+from fastadapt.io.names import has_file
 from fastadapt.io.workspace import Workspace
 
 LEDGER = "batches.sqlite"
@@ -40,8 +41,10 @@ class Batches:
     """The batches of one graph, each computed once.
 
     Args:
-        ledger: stores the batches; None: nothing is stored.
+        ledger: holds the batches of an earlier call; None: there are none.
         stop: set it to end the graph before its next batch.
+        create: returns the ledger that stores the batches, and is called after the first one is
+            computed; None: they are stored in ``ledger``, if at all.
 
     Example:
         >>> import torch
@@ -49,8 +52,13 @@ class Batches:
         [1.0, 1.0]
     """
 
-    def __init__(self, ledger: Ledger | None = None, stop: Event | None = None) -> None:
-        self._ledger, self._stop = ledger, stop
+    def __init__(
+        self,
+        ledger: Ledger | None = None,
+        stop: Event | None = None,
+        create: Callable[[], Ledger] | None = None,
+    ) -> None:
+        self._ledger, self._stop, self._create = ledger, stop, create
         self._number = 0
 
     def next(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -67,6 +75,8 @@ class Batches:
         if self._stop is not None and self._stop.is_set():
             raise Stopped
         tensors = compute()
+        if self._ledger is None and self._create is not None:
+            self._ledger = self._create()
         if self._ledger is not None:
             self._ledger.add([("batch", number, save(tensors))])
         return tensors
@@ -91,7 +101,8 @@ def unfinished(
     Args:
         graph: the graph's file, to be written inside the context.
         facts: everything that the numbers depend on, by name; values are written as JSON.
-        overwrite: remove the batches of an earlier call first.
+        overwrite: remove the batches of an earlier call as soon as this call's first is computed,
+            so that an impossible question loses nothing.
         stop: set it to end the graph before its next batch.
 
     Raises:
@@ -102,18 +113,22 @@ def unfinished(
     space = Workspace(
         folder, "graph", "explaining into", (), marker=LEDGER, advice=_ADVICE, unusable=RunError
     )
+    path = folder / LEDGER
     with space.claimed():
-        path = folder / LEDGER
-        if overwrite:
-            _remove(path)
-        with Ledger(path, _ADVICE, _RESTART) as ledger:
-            _check(ledger, facts, space)
-            try:
-                yield Batches(ledger, stop)
-            except BaseException:
-                if ledger.get("batch", 0) is None:  # such as an impossible question
+        with ExitStack() as stack:
+
+            def open_ledger() -> Ledger:
+                ledger = stack.enter_context(Ledger(path, _ADVICE, _RESTART))
+                _check(ledger, facts, space)
+                return ledger
+
+            def create() -> Ledger:
+                with space.disk_errors():
                     _remove(path)
-                raise
+                return open_ledger()
+
+            is_stored = has_file(path) and not overwrite
+            yield Batches(open_ledger() if is_stored else None, stop, create)
         with space.disk_errors():
             _remove(path)
     with space.disk_errors():
@@ -121,10 +136,10 @@ def unfinished(
 
 
 def _check(ledger: Ledger, facts: Mapping[str, object], space: Workspace) -> None:
-    """Store the facts in a new ledger, or compare them with the stored ones."""
+    """Store the facts in a ledger without batches, or compare them with the stored ones."""
     packed = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
     stored = ledger.get("facts", 0)
-    if stored is None:
+    if stored is None or ledger.get("batch", 0) is None:
         ledger.add([("facts", 0, json.dumps(packed).encode("utf-8", "surrogatepass"))])
         return
     before: dict[str, str] = json.loads(stored)

@@ -11,3 +11,7 @@ Each op is a package with a public function of the same name:
 :mod:`fastadapt.kernels.testing` compares an implementation with the op's reference in float64.
 The ops' sources are in ``kernels/`` at the root of the repository.
 """
+
+from fastadapt.kernels.vector_math import resolve_functions
+
+resolve_functions()

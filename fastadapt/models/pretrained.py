@@ -18,6 +18,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
+from fastadapt.kernels.vector_math import resolve_functions
 from fastadapt.models.architectures import ARCHITECTURES, Paths
 from fastadapt.models.sources.low_rank import same_bits
 from fastadapt.models.sources.text_tower import text_config, text_names, text_prefixes
@@ -473,6 +474,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    resolve_functions()
     stored = _tensor_names(tensor_files(source, revision))
     prefixes = text_prefixes(stored, source)
     names = text_names(stored, source)

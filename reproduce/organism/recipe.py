@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from fastadapt.data.rendering import render, render_parts
 from fastadapt.evaluation.benchmarks.grading import stated_answer
 from fastadapt.io.atomic import writing_folder
+from fastadapt.kernels.vector_math import resolve_functions
 from reproduce.organism.pairs import GATED, ORGANISM, Pair
 from reproduce.organism.problems import Problem, direct_answer, problem_stream, to_row
 from reproduce.organism.tokenizer import BOS, EOS, build_tokenizer
@@ -319,6 +320,7 @@ def build(
     Returns:
         ``{"seed", "parameters", "vocabulary", "base_s", "target_s"}``, times in seconds.
     """
+    resolve_functions()
     config = config or CONFIGS[pair.name]
     tokenizer = build_tokenizer(pair)
     with torch.random.fork_rng(devices=[]):

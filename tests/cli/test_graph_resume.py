@@ -154,6 +154,16 @@ def test_an_impossible_question_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_impossible_question_with_overwrite_keeps_the_finished_rows(
+    run: Path, tmp_path: Path, fastadapt: Callable[..., Any], added: list[int]
+) -> None:
+    output = tmp_path / "a.json"
+    kill_after(2, command(run, output))
+    assert fastadapt(*command(run, output, "--token", "xyzzy", "--overwrite")).code == 2
+    assert fastadapt(*command(run, output)).code == 0
+    assert added[0] == 2
+
+
 def test_a_stop_waits_for_the_batch(tmp_path: Path) -> None:
     graph, stop, ones = tmp_path / "a.json", Event(), {"x": torch.ones(2)}
     with suppress(Stopped), unfinished(graph, {"a": 1}, stop=stop) as batches:

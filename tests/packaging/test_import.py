@@ -79,6 +79,24 @@ def test_the_op_and_its_modules_need_torch_alone(run: Callable[..., str], tmp_pa
     assert used == []
 
 
+VECTOR_MATH = """
+import torch
+called = []
+cos = torch.cos
+torch.cos = lambda x: called.append(str(x.dtype)) or cos(x)
+import fastadapt.kernels.transcoder
+print(torch.backends.mkl.is_available(), *called)
+"""
+
+
+def test_importing_an_op_calls_the_vector_functions_once(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    """Their first results may be wrong; see :mod:`fastadapt.kernels.vector_math`."""
+    has_mkl, *dtypes = run(VECTOR_MATH, cwd=tmp_path).split()
+    assert dtypes == (["torch.float32", "torch.float64"] if has_mkl == "True" else [])
+
+
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 

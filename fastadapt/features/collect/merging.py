@@ -91,6 +91,7 @@ def merged_texts(parts: Sequence[Part]) -> Prepared:
         sum(texts.tokens for texts in each),
         sorted({domain for texts in each for domain in texts.domains}),
         sum(texts.with_markers for texts in each),
+        sum(texts.bad_rows for texts in each),
     )
 
 

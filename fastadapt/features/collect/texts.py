@@ -108,6 +108,8 @@ class Prepared:
         texts, tokens: numbers of texts and tokens of this shard.
         domains: domains of these texts, sorted.
         with_markers: texts with a marker or another special token in what was said.
+        bad_rows: rows that cannot be read, counted by the first shard, and this shard's
+            conversations that cannot be rendered.
     """
 
     read: int
@@ -116,6 +118,7 @@ class Prepared:
     tokens: int
     domains: list[str]
     with_markers: int = 0
+    bad_rows: int = 0
 
 
 def prepare(
@@ -139,7 +142,7 @@ def prepare(
     tokeniser = RowTokeniser(tokenizer, source.family, markers=source.markers, offsets=True)
     bad = sources.BadRows(source.bad_rows)
     _, rows = sources.read_contents(source.read_as(), optional=["domain"], bad=bad)
-    read = too_long = texts = tokens = with_markers = 0
+    read = too_long = texts = tokens = with_markers = unrendered = 0
     domains: set[str] = set()
     all_domains: set[str] = set()  # of other shards' conversations too
     rows = islice(rows, source.n)
@@ -157,7 +160,9 @@ def prepare(
                 )
             if group % shard.n != shard.i:
                 continue
+            n_bad = bad.n
             tokenised = _tokenise(conversations, tokeniser, bad)
+            unrendered += bad.n - n_bad
             short = [text for text in tokenised if len(text["tokens"]) <= max_tokens]
             too_long += len(tokenised) - len(short)
             texts += len(short)
@@ -166,11 +171,17 @@ def prepare(
             domains.update(text["domain"] for text in short if text["domain"] is not None)
             if short:
                 writer.write_table(pa.Table.from_pylist(short, schema=TEXTS))
+    if not texts and shard.n == 1 and bad.n:
+        raise UserError(
+            f"data source {source.name!r}: none of the conversations can be used; the first error: "
+            f"{bad.examples[0]}"
+        )
     if not read:
         raise UserError(
             f"data source {source.name!r} holds no conversation; pass another one (--data)"
         )
-    return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers)
+    bad_rows = unrendered if shard.i else bad.n
+    return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers, bad_rows)
 
 
 def _tokenise(

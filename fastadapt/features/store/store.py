@@ -79,6 +79,7 @@ class _Data(TypedDict):
     tokens: Count
     read: NotRequired[Count]
     too_long: NotRequired[Count]
+    bad_rows: NotRequired[Count]
 
 
 class _Settings(TypedDict):
@@ -439,8 +440,9 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
         folder: folder of the store.
         facts: all fields but ``schema_version`` and ``files``: ``run`` (a folder), ``adapter``
             (see :func:`adapter_digest`), ``pair``, ``data`` (source, digest, texts, tokens;
-            conversations read, too_long, with_markers), ``domains``, ``settings``, ``units`` (by
-            kind: n_layers, n_features), ``lens`` (its settings), ``edges``, ``versions``.
+            conversations read, too_long, with_markers, bad_rows), ``domains``, ``settings``,
+            ``units`` (by kind: n_layers, n_features), ``lens`` (its settings), ``edges``,
+            ``versions``.
         files: files in the folder that collecting has written.
     """
     listed = {}

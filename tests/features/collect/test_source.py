@@ -8,9 +8,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from transformers import AutoTokenizer
+
 from fastadapt.data import sources
 from fastadapt.data.sources import read_contents
-from fastadapt.features.collect.texts import Source
+from fastadapt.errors import UserError
+from fastadapt.features.collect.config import Shard
+from fastadapt.features.collect.texts import GROUP, Source, prepare
+from fastadapt.organism import resolve
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -65,3 +71,23 @@ def test_the_fingerprint_without_a_system_column_is_that_of_earlier_versions(
     fingerprint = Source(str(path), "train", None, "qwen", None, 100).fingerprint()
     expected = "2ce7ae63ad8207b513490ff18349963f216b248c0646dd8ac51ddf7941f33101"
     assert fingerprint == expected
+
+
+def test_rows_left_out_are_counted_once_over_all_shards(tmp_path: Path) -> None:
+    """A line that is no JSON has no shard; a conversation without a response has one."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("organism/target"))
+    path = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"messages": TURNS})] * (2 * GROUP)
+    rows[1] = rows[GROUP + 1] = json.dumps({"messages": TURNS[:1]})
+    rows[7] = "{"
+    path.write_text("".join(row + "\n" for row in rows))
+    source = Source(str(path), "train", None, "r1-distill", None, 100, bad_rows="skip")
+    counts = []
+    for i, n in ((0, 1), (0, 2), (1, 2)):
+        prepared = prepare(source, tokenizer, Shard(i, n), tmp_path / "texts", max_tokens=100)
+        counts.append((prepared.texts, prepared.bad_rows))
+    assert counts[0][1] == 3
+    assert counts[0] == (counts[1][0] + counts[2][0], counts[1][1] + counts[2][1])
+    path.write_text(rows[7] + "\n" + rows[1] + "\n")
+    with pytest.raises(UserError, match=r"none of the conversations can be used; .*line 1"):
+        prepare(source, tokenizer, Shard(), tmp_path / "texts", max_tokens=100)
