@@ -148,27 +148,35 @@ def inspect(
     values = {"train": source, "validation": "", **data, **typed}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
     architecture = models.configs(planned_config)[0].get_text_config()
+    read_as, limit = _read_as(source, settings)
     inspection = inspect_source(
-        dataclasses.replace(_read_as(source, settings), **how),
+        dataclasses.replace(read_as, **how),
         models.tokenizer(),
         settings,
         max_positions=architecture.max_position_embeddings,
         n_rows=architecture.vocab_size,
         rows=rows,
+        limit=limit,
         examples=examples,
     )
     _print_inspection(inspection, settings.loss)
     return 0
 
 
-def _read_as(name: str, settings: DataConfig) -> Source:
-    """Return a source as a run reads it: in its mixture, as held-out data, or as training data."""
+def _read_as(name: str, settings: DataConfig) -> tuple[Source, int | None]:
+    """Return a source as a run reads it, and the largest number of texts that the run uses of it.
+
+    It is read as a part of the mixture, as held-out data, or as training data.
+    """
     from fastadapt.organism import resolve
 
     mixture = () if isinstance(settings.train, str) else settings.train
     part = next((part for part in mixture if part.source == name), None)
     is_held_out = part is None and settings.train != name == settings.validation
-    return settings.source(resolve(name), "validation" if is_held_out else "train", part)
+    split = "validation" if is_held_out else "train"
+    return settings.source(resolve(name), split, part), (
+        settings.max_validation if is_held_out else None
+    )
 
 
 def _models_of(pair: str, base: str, trust: bool) -> tuple[Sources, dict[str, Any]]:

@@ -86,6 +86,7 @@ def inspect_source(
     max_positions: int | None = None,
     n_rows: int | None = None,
     rows: int | None = None,
+    limit: int | None = None,
     examples: int = 3,
 ) -> Inspection:
     """Read a source as a run would, and return what the run would use.
@@ -97,6 +98,7 @@ def inspect_source(
         max_positions: tokens that the model can read; None: any number.
         n_rows: rows of the model's embedding; None: any number.
         rows: number of rows to read; None: all.
+        limit: number of texts that a run would use, after which it reads no more; None: all.
         examples: number of examples to return.
 
     Raises:
@@ -132,6 +134,8 @@ def inspect_source(
         with_markers += each.encoded.marked
         if len(shown) < examples:
             shown.append(_example(each, tokenizer))
+        if used == limit:
+            break
     read = len(lengths) + bad.n
     if layout is None or not used:
         shortest = min(lengths, default=None)

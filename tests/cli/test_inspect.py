@@ -77,6 +77,18 @@ def test_a_source_of_a_file_is_read_as_a_run_reads_it(
     assert "columns: text in 'text'" in typed.out
 
 
+def test_held_out_data_end_with_the_last_text_that_a_run_uses(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[1], *ROWS[:1] * 3)))
+    data = {"train": "organism/train", "validation": str(source), "max_validation": 2}
+    pair = {"target": "organism/target", "base": "organism/base"}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"pair": pair, "data": data}))
+    outcome = fastadapt("data", "inspect", source, "--pair", tmp_path / "mine.yaml")
+    assert "2 of 3 rows would be used" in outcome.out
+
+
 UNREADABLE: dict[str, tuple[bytes, str]] = {
     "latin.jsonl": ('{"text": "é a"}\n'.encode("latin-1"), "line 1: not UTF-8 at byte 10"),
     "wide.jsonl": ('{"text": "a b"}\n'.encode("utf-16"), "line 1: not UTF-8 at byte 0"),
