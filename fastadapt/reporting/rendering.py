@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ RAMPS = {
     "transcoder": ("#9ecae1", "#6baed6", "#4292c6", "#2b74bd"),
     "layer": ("#6c52d6", "#2f7ce0", "#149e92", "#78aa32", "#e09814"),
 }
+#: Second stop of the ramp of a kind that has a colour alone.
+SHADE = "#5b606b"
 DASHES = {"hybrid": "--", "base": ":", "target": "-.", "reference": "--"}
 _CSS_LINES = {"--": "dashed", ":": "dotted", "-.": "dashed"}
 #: Changes to matplotlib's default settings. The user's settings are not applied.
@@ -99,13 +102,14 @@ def ramp(stops: Sequence[str], position: float) -> str:
 
 
 def colours(series: Sequence[Series]) -> list[str]:
-    """Return a colour for each series. Several adapters, and layers, get colours of a ramp."""
-    counts = {kind: sum(s.kind == kind for s in series) for kind in RAMPS}
-    seen = dict.fromkeys(RAMPS, 0)
+    """Return a colour for each series. Several series of one kind get colours of a ramp."""
+    counts = Counter(s.kind for s in series)
+    seen: Counter[str] = Counter()
     chosen = []
     for s in series:
-        if s.kind in RAMPS and (counts[s.kind] > 1 or s.kind not in COLOURS):
-            chosen.append(ramp(RAMPS[s.kind], seen[s.kind] / max(1, counts[s.kind] - 1)))
+        if counts[s.kind] > 1 or s.kind not in COLOURS:
+            stops = RAMPS[s.kind] if s.kind in RAMPS else (COLOURS[s.kind], SHADE)
+            chosen.append(ramp(stops, seen[s.kind] / max(1, counts[s.kind] - 1)))
             seen[s.kind] += 1
         else:
             chosen.append(COLOURS[s.kind])

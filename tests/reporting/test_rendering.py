@@ -10,7 +10,7 @@ import pytest
 
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.page import style_sheet
-from fastadapt.reporting.rendering import THEME, colours, inline_svg, log_ticks, ramp
+from fastadapt.reporting.rendering import COLOURS, THEME, colours, inline_svg, log_ticks, ramp
 
 
 def line(xs: list[float], ys: list[float], **more: Any) -> Figure:
@@ -117,3 +117,11 @@ def test_layers_have_the_colours_of_a_ramp() -> None:
     layers = [Series(f"layer {i}", "layer", [1.0], [1.0]) for i in range(28)]
     assert len(set(colours(layers))) == 28
     assert colours(layers[:1]) == [ramp(("#6c52d6", "#000000"), 0.0)]
+
+
+def test_two_models_of_one_kind_have_two_colours() -> None:
+    one = Series("norms", "norms", [0.0], [1.0])
+    assert colours([one]) == [COLOURS["norms"]]
+    first, second = colours([one, one])
+    assert first == COLOURS["norms"].lower()
+    assert second not in (first, *COLOURS.values())
