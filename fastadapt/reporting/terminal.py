@@ -9,13 +9,17 @@ _WIDTH = 120  # characters per line of a table as text
 
 
 def rich_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> Any:
-    """Return rich's table. Columns after the first are right-aligned; left-aligned if ``left``."""
+    """Return rich's table.
+
+    Columns after the first are right-aligned, except words without a head and all if ``left``.
+    """
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
+        is_right = bool(i and name and not left)
+        table.add_column(name, justify="right" if is_right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: no cell is read as rich's markup
     return table
