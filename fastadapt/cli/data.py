@@ -80,7 +80,7 @@ class InspectConfig:
         split: split of a hub dataset or folder; by default the one that a run reads
         subset: configuration of a hub dataset, or folder in a folder
         revision: branch, tag or commit of a hub dataset
-        rows: number of rows to read; by default all
+        rows: number of rows to read; by default all that a run would read
         examples: number of examples to print
     """
 
@@ -160,6 +160,8 @@ def inspect(
         examples=examples,
     )
     _print_inspection(inspection, settings.loss)
+    if inspection.used == limit:
+        print(f"No more rows were read: a run uses {limit:,} held-out texts (data.max_validation)")
     return 0
 
 

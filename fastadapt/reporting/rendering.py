@@ -59,8 +59,9 @@ COLOURS = {
 RAMPS = {
     "transcoder": ("#9ecae1", "#6baed6", "#4292c6", "#2b74bd"),
     "layer": ("#6c52d6", "#2f7ce0", "#149e92", "#78aa32", "#e09814"),
+    "changed": ("#9aa0ac", "#6b7180"),
 }
-#: Second stop of the ramp of a kind that has a colour alone.
+#: Where the ramp of a kind that has a colour alone leads to.
 SHADE = "#5b606b"
 DASHES = {"hybrid": "--", "base": ":", "target": "-.", "reference": "--"}
 _CSS_LINES = {"--": "dashed", ":": "dotted", "-.": "dashed"}
@@ -102,14 +103,19 @@ def ramp(stops: Sequence[str], position: float) -> str:
 
 
 def colours(series: Sequence[Series]) -> list[str]:
-    """Return a colour for each series. Several series of one kind get colours of a ramp."""
-    counts = Counter(s.kind for s in series)
+    """Return a colour for each series. Several series of one kind get colours of a ramp.
+
+    Series without a name have no entry in the legend, and the colour of their kind's first.
+    """
+    counts = Counter(s.kind for s in series if s.name)
     seen: Counter[str] = Counter()
     chosen = []
     for s in series:
-        if counts[s.kind] > 1 or s.kind not in COLOURS:
+        if (s.name and counts[s.kind] > 1) or s.kind not in COLOURS:
+            # A ramp to SHADE ends before it: the last series of two kinds would be equal.
+            last = counts[s.kind] - (s.kind in RAMPS)
             stops = RAMPS[s.kind] if s.kind in RAMPS else (COLOURS[s.kind], SHADE)
-            chosen.append(ramp(stops, seen[s.kind] / max(1, counts[s.kind] - 1)))
+            chosen.append(ramp(stops, seen[s.kind] / max(1, last)))
             seen[s.kind] += 1
         else:
             chosen.append(COLOURS[s.kind])

@@ -87,6 +87,7 @@ def test_held_out_data_end_with_the_last_text_that_a_run_uses(
     (tmp_path / "mine.yaml").write_text(json.dumps({"pair": pair, "data": data}))
     outcome = fastadapt("data", "inspect", source, "--pair", tmp_path / "mine.yaml")
     assert "2 of 3 rows would be used" in outcome.out
+    assert "a run uses 2 held-out texts (data.max_validation)" in outcome.out
 
 
 UNREADABLE: dict[str, tuple[bytes, str]] = {

@@ -125,3 +125,14 @@ def test_two_models_of_one_kind_have_two_colours() -> None:
     first, second = colours([one, one])
     assert first == COLOURS["norms"].lower()
     assert second not in (first, *COLOURS.values())
+
+
+def test_several_models_of_several_kinds_have_different_colours() -> None:
+    kinds = ("dense", "norms", "lora", "changed")
+    series = [Series(f"{kind} {i}", kind, [0.0], [1.0]) for kind in kinds for i in range(3)]
+    assert len(set(colours(series))) == len(series)
+
+
+def test_series_without_a_name_have_the_colour_of_the_legend() -> None:
+    series = [Series(name, "random", [0.0], [1.0]) for name in ("random features", "", "")]
+    assert colours(series) == [COLOURS["random"]] * 3

@@ -204,7 +204,7 @@ def _finish(
             "read": prepared.read,
             "too_long": prepared.too_long,
             "with_markers": prepared.with_markers,
-            "bad_rows": prepared.bad_rows,
+            **({} if prepared.bad_rows is None else {"bad_rows": prepared.bad_rows}),
         },
         "domains": prepared.domains,
         "settings": facts["settings"],

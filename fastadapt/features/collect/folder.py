@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import CollectConfig
@@ -72,6 +72,7 @@ class _Prepared(TypedDict):
     texts: Count
     tokens: Count
     domains: list[str]
+    bad_rows: NotRequired[Count | None]
 
 
 class _Facts(TypedDict):

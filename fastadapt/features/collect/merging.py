@@ -84,6 +84,7 @@ def _check_finished(folder: Path, shard: str) -> None:
 def merged_texts(parts: Sequence[Part]) -> Prepared:
     """Return the counts of texts, tokens and conversations of all shards together."""
     each = [Prepared(**part.facts["prepared"]) for part in parts]
+    bad_rows = [texts.bad_rows for texts in each if texts.bad_rows is not None]
     return Prepared(
         each[0].read,  # every shard counts the whole source
         sum(texts.too_long for texts in each),
@@ -91,7 +92,7 @@ def merged_texts(parts: Sequence[Part]) -> Prepared:
         sum(texts.tokens for texts in each),
         sorted({domain for texts in each for domain in texts.domains}),
         sum(texts.with_markers for texts in each),
-        sum(texts.bad_rows for texts in each),
+        sum(bad_rows) if len(bad_rows) == len(each) else None,
     )
 
 

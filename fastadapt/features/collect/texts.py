@@ -109,7 +109,8 @@ class Prepared:
         domains: domains of these texts, sorted.
         with_markers: texts with a marker or another special token in what was said.
         bad_rows: rows that cannot be read, counted by the first shard, and this shard's
-            conversations that cannot be rendered.
+            conversations that cannot be rendered; None: the collection was begun by a version
+            that did not count them.
     """
 
     read: int
@@ -118,7 +119,7 @@ class Prepared:
     tokens: int
     domains: list[str]
     with_markers: int = 0
-    bad_rows: int = 0
+    bad_rows: int | None = None
 
 
 def prepare(
@@ -171,7 +172,7 @@ def prepare(
             domains.update(text["domain"] for text in short if text["domain"] is not None)
             if short:
                 writer.write_table(pa.Table.from_pylist(short, schema=TEXTS))
-    if not texts and shard.n == 1 and bad.n:
+    if not texts and not too_long and shard.n == 1 and bad.n:
         raise UserError(
             f"data source {source.name!r}: none of the conversations can be used; the first error: "
             f"{bad.examples[0]}"

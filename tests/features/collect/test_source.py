@@ -15,6 +15,7 @@ from fastadapt.data import sources
 from fastadapt.data.sources import read_contents
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import Shard
+from fastadapt.features.collect.merging import Part, merged_texts
 from fastadapt.features.collect.texts import GROUP, Source, prepare
 from fastadapt.organism import resolve
 
@@ -91,3 +92,14 @@ def test_rows_left_out_are_counted_once_over_all_shards(tmp_path: Path) -> None:
     path.write_text(rows[7] + "\n" + rows[1] + "\n")
     with pytest.raises(UserError, match=r"none of the conversations can be used; .*line 1"):
         prepare(source, tokenizer, Shard(), tmp_path / "texts", max_tokens=100)
+    path.write_text(rows[0] + "\n" + rows[7] + "\n")
+    too_long = prepare(source, tokenizer, Shard(), tmp_path / "texts", max_tokens=2)
+    assert (too_long.too_long, too_long.bad_rows) == (1, 1)  # begin() names the option to raise
+
+
+def test_bad_rows_of_an_earlier_versions_shard_are_not_counted_as_none() -> None:
+    prepared = {"read": 9, "too_long": 0, "texts": 4, "tokens": 40, "domains": []}
+    earlier, later = prepared, {**prepared, "bad_rows": 1}
+    for shards, expected in (((later, later), 2), ((earlier, later), None)):
+        parts = [Part(Path(), {"prepared": each}) for each in shards]
+        assert merged_texts(parts).bad_rows == expected
