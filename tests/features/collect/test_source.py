@@ -75,11 +75,11 @@ def test_the_fingerprint_without_a_system_column_is_that_of_earlier_versions(
 
 
 def test_rows_left_out_are_counted_once_over_all_shards(tmp_path: Path) -> None:
-    """A line that is no JSON has no shard; a conversation without a response has one."""
+    """A line that is no JSON has no shard; a row of one token has one."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("organism/target"))
     path = tmp_path / "rows.jsonl"
-    rows = [json.dumps({"messages": TURNS})] * (2 * GROUP)
-    rows[1] = rows[GROUP + 1] = json.dumps({"messages": TURNS[:1]})
+    rows = [json.dumps({"input_ids": [3, 4, 5]})] * (2 * GROUP)
+    rows[1] = rows[GROUP + 1] = json.dumps({"input_ids": [3]})
     rows[7] = "{"
     path.write_text("".join(row + "\n" for row in rows))
     source = Source(str(path), "train", None, "r1-distill", None, 100, bad_rows="skip")
@@ -87,8 +87,7 @@ def test_rows_left_out_are_counted_once_over_all_shards(tmp_path: Path) -> None:
     for i, n in ((0, 1), (0, 2), (1, 2)):
         prepared = prepare(source, tokenizer, Shard(i, n), tmp_path / "texts", max_tokens=100)
         counts.append((prepared.texts, prepared.bad_rows))
-    assert counts[0][1] == 3
-    assert counts[0] == (counts[1][0] + counts[2][0], counts[1][1] + counts[2][1])
+    assert counts == [(2 * GROUP - 3, 3), (GROUP - 2, 2), (GROUP - 1, 1)]
     path.write_text(rows[7] + "\n" + rows[1] + "\n")
     with pytest.raises(UserError, match=r"none of the conversations can be used; .*line 1"):
         prepare(source, tokenizer, Shard(), tmp_path / "texts", max_tokens=100)
