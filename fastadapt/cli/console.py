@@ -66,7 +66,7 @@ def print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fastadapt.features.store.characters import visible_lines
+    from fastadapt.reporting.visible import visible_lines
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red"), Text(visible_lines(message)), sep="", end="\n")

@@ -207,6 +207,7 @@ def _models_of(pair: str, base: str, trust: bool) -> tuple[Sources, dict[str, An
 
 def _print_inspection(inspection: Inspection, loss: str) -> None:
     from fastadapt.data.inspection import form_name
+    from fastadapt.reporting.visible import visible_lines
 
     print(f"columns: {inspection.layout}")
     if unread := inspection.layout.unread():
@@ -218,7 +219,8 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
     print(f"\nTokens between {opening} and {closing} are counted (data.loss {loss}).")
     for example in inspection.examples:
         print(f"\n--- {example.where}: {example.tokens:,} tokens, {example.counted:,} counted")
-        pieces = (f"{opening}{t}{closing}" if counted else t for t, counted in example.pieces)
+        shown = ((visible_lines(text), counted) for text, counted in example.pieces)
+        pieces = (f"{opening}{t}{closing}" if counted else t for t, counted in shown)
         print("".join(pieces).rstrip("\n"))
     print()
     quantiles = inspection.quantiles()
@@ -243,4 +245,4 @@ def _print_inspection(inspection: Inspection, loss: str) -> None:
         rows = [[reason, f"{n:,}"] for reason, n in inspection.left_out.items()]
         print_table(["left out", "rows"], rows)
     for message in inspection.bad:
-        print(message)
+        print(visible_lines(message))

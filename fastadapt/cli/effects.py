@@ -22,11 +22,11 @@ from fastadapt.effects.texts import (
     unit_row,
 )
 from fastadapt.errors import UserError
-from fastadapt.features.store.characters import visible_lines
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
 from fastadapt.io.names import typed_path
 from fastadapt.reporting.formatting import number
+from fastadapt.reporting.visible import visible_lines
 
 if TYPE_CHECKING:
     from fastadapt.effects.run import LoadedRun

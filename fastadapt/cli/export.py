@@ -103,8 +103,8 @@ def import_(
         overwrite: replace an earlier import in the folder, once the new one is complete
     """
     from fastadapt.adapter.coder_files import read_coders
-    from fastadapt.features.store.characters import visible
     from fastadapt.interop.formats import import_coders
+    from fastadapt.reporting.visible import visible
 
     coders = import_coders(path, output, format, model=model, overwrite=overwrite)
     first, *others = coders.layers

@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastadapt.data.rendered import AUTO
 from fastadapt.data.rendering import get_form
-from fastadapt.data.sources import BadRows, MixedSource, Policy, Source, read_contents
+from fastadapt.data.sources import BadRows, MixedSource, Policy, Source, located, read_contents
 from fastadapt.data.tokenised import Loss, RowTokeniser
 from fastadapt.data.tokens import Markers, check_ids
 from fastadapt.errors import UserError, require
@@ -115,6 +115,15 @@ class DataConfig:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
             )
+
+    def located(self) -> DataConfig:
+        """Return the settings with absolute paths of local sources, as a run records them."""
+        train = self.train
+        if not isinstance(train, str):
+            train = tuple(replace(part, source=located(part.source)) for part in train)
+        else:
+            train = located(train)
+        return replace(self, train=train, validation=located(self.validation))
 
     def source(self, name: str, split: str, part: MixedSource | None = None) -> Source:
         """Return a source of a split, with the settings for reading it.

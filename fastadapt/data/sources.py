@@ -28,6 +28,7 @@ from fastadapt.data.layouts import PEEKED, Layout, find_layout
 from fastadapt.errors import UserError
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path
+from fastadapt.organism import resolve
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: Words in names of files and folders that name a split, as in ``datasets``: the word, the split.
@@ -227,6 +228,15 @@ class _Saved(TypedDict):
     """Keys of ``state.json`` that ``datasets.Dataset.save_to_disk`` writes."""
 
     _data_files: list[dict[str, str]]
+
+
+def located(name: str) -> str:
+    """Return the absolute path of a local source; names of the embedded pair and hub ids unchanged.
+
+    A path that is not absolute could be taken for a hub id where nothing is.
+    """
+    path = typed_path(name, "data source")
+    return os.path.abspath(path) if resolve(name) == name and path.exists() else name
 
 
 def find_files(source: str, split: str, subset: str | None = None) -> list[Path] | None:

@@ -22,13 +22,14 @@ from fastadapt.effects.trace import ADAPTER, firings, logits_of, promotes
 from fastadapt.errors import UserError
 from fastadapt.features.collect.texts import Text
 from fastadapt.features.loading import RunContents
-from fastadapt.features.store.characters import join_characters, visible, visible_lines
-from fastadapt.features.store.details import read_details, token_text
+from fastadapt.features.store.characters import join_characters
+from fastadapt.features.store.details import read_details
 from fastadapt.features.store.logit_lens import strings_of
 from fastadapt.features.store.ranking import by_layer, strongest
 from fastadapt.features.store.schema import REGIONS
 from fastadapt.features.store.sets import Pair
 from fastadapt.features.store.store import Store
+from fastadapt.reporting.visible import token_text, visible, visible_lines
 
 #: Regions that a model writes, the first of which ends the prompt.
 _RESPONSE = [REGIONS.index(name) for name in ("think start", "thinking", "think end", "answer")]

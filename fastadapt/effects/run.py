@@ -27,7 +27,6 @@ from fastadapt.effects.views import (
 from fastadapt.errors import UserError, require
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
-from fastadapt.features.store.characters import visible
 from fastadapt.features.store.details import first_descriptions, read_details
 from fastadapt.features.store.logit_lens import strings_of
 from fastadapt.features.store.schema import MANIFEST
@@ -40,6 +39,7 @@ from fastadapt.models.trained_files import read_adapters
 from fastadapt.reporting.formatting import number
 from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
+from fastadapt.reporting.visible import visible
 from fastadapt.training.config import recorded_config
 from fastadapt.training.logs.run_log import TRAINED, comparison, read_summary
 from fastadapt.training.run_dir import CONFIG, SUMMARY

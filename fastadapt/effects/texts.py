@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from fastadapt.effects.generate import Generated
 from fastadapt.effects.trace import ADAPTER, Firing, Trace, promotes
 from fastadapt.features.loading import RunContents
-from fastadapt.features.store.details import UnitDetails, token_text
+from fastadapt.features.store.details import UnitDetails
 from fastadapt.features.store.scales import Scales
 from fastadapt.features.store.sets import Pair
 from fastadapt.reporting.formatting import number, percent
+from fastadapt.reporting.visible import token_text
 
 #: Head and rows of a table.
 Rows = tuple[list[str], list[list[str]]]

@@ -21,12 +21,12 @@ from fastadapt.effects.texts import (
 )
 from fastadapt.effects.trace import ADAPTER, Firing, Trace, totals
 from fastadapt.errors import UserError
-from fastadapt.features.store.characters import visible, visible_lines
-from fastadapt.features.store.details import UnitDetails, token_text
+from fastadapt.features.store.details import UnitDetails
 from fastadapt.features.store.sets import Pair
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.page import render
 from fastadapt.reporting.terminal import table_text
+from fastadapt.reporting.visible import token_text, visible, visible_lines
 
 _TOTALS = 10  # features of a text in its table, at least
 

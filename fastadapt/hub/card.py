@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from fastadapt.features.store.characters import visible
 from fastadapt.hub.contents import SharedRun
 from fastadapt.organism import NAMES
 from fastadapt.reporting.formatting import number
 from fastadapt.reporting.page import render
 from fastadapt.reporting.tables import Table, as_markdown
+from fastadapt.reporting.visible import visible
 from fastadapt.training.logs.run_log import comparison
 
 _TAGS = ["fastadapt", "transcoder", "model-diffing", "interpretability"]

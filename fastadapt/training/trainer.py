@@ -78,7 +78,7 @@ def train(
     check_dtype(config)
     sources = Sources.find(config.pair)
     sources.check_differ()
-    config = dataclasses.replace(config, pair=sources.located())
+    config = dataclasses.replace(config, pair=sources.located(), data=config.data.located())
     device = choose_device(config.pair.device)
     config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:

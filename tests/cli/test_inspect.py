@@ -156,3 +156,17 @@ def test_a_wrong_value_is_of_an_option_that_inspect_has(
     assert outcome.code == 2
     assert f"{option}: expected {expected}" in outcome.err
     assert "data." not in outcome.err
+
+
+def test_no_character_of_a_row_acts_on_a_terminal(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "1 \x1b]0;t\x07 \u202e 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    outcome = fastadapt("data", "inspect", tmp_path / "rows.jsonl", "--pair", "organism/target")
+    assert outcome.code == 0, outcome.err
+    assert not {"\x1b", "\x07", "\u202e"} & set(outcome.out)
+    assert "1 ⟨U+001B⟩]0;t⟨U+0007⟩ ⟨U+202E⟩ 2" in outcome.out

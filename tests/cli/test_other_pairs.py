@@ -303,3 +303,31 @@ def test_the_tokenizer_may_come_from_elsewhere(
     assert len(load_run(tmp_path / "run").pair.tokenizer) == 64
     assert fastadapt("export", tmp_path / "run", "--output", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_local_data_are_stored_absolute(
+    tiny_pair: Path,
+    recipe: Callable[..., Path],
+    fastadapt: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A relative folder of data, such as chats/val, is never tried as a data set of the hub."""
+    import yaml
+
+    for name in ("train", "validation"):
+        folder = tmp_path / "home" / "chats" / name
+        folder.mkdir(parents=True)
+        shutil.copy(tiny_pair / f"{name}.jsonl", folder / "rows.jsonl")
+    monkeypatch.chdir(tmp_path / "home")
+    mixture = [{"source": "chats/train", "weight": 1}, {"source": str(tiny_pair / "train.jsonl")}]
+    path = recipe(**{"data.train": mixture, "data.validation": "chats/validation"})
+    assert fastadapt("train", path).code == 0
+    run = tmp_path / "run"
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert recorded["validation"] == str(tmp_path / "home" / "chats" / "validation")
+    assert recorded["train"][0]["source"] == str(tmp_path / "home" / "chats" / "train")
+    assert fastadapt("train", path, "--resume").code == 0
+    monkeypatch.chdir(tmp_path)
+    outcome = fastadapt("features", "collect", run, "--n", 2)
+    assert outcome.code == 0, outcome.err

@@ -26,13 +26,13 @@ from fastadapt.effects.generate import GenerateConfig, Generated, generate
 from fastadapt.effects.texts import unit_lines
 from fastadapt.effects.trace import firings, promotes
 from fastadapt.effects.views import FeatureCard, Responses
-from fastadapt.features.store.characters import visible
-from fastadapt.features.store.details import read_details, token_text
+from fastadapt.features.store.details import read_details
 from fastadapt.features.store.scales import Scales
 from fastadapt.features.store.schema import DESCRIPTIONS, REGIONS, SCALES
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene, no_features
 from fastadapt.reporting.formatting import number
+from fastadapt.reporting.visible import token_text, visible
 
 #: 16 features per layer, with a store of features.
 FINISHED = Path(__file__).parents[1] / "cli" / "old_files" / "finished"

@@ -21,6 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.difference.measure import DifferenceConfig, Measured, measure
 from fastadapt.evaluation.difference.parts import PARTS, TwoModels, combinations
 from fastadapt.evaluation.difference.positions import profile, widest
+from fastadapt.evaluation.difference.report import _positions
 from fastadapt.evaluation.difference.result import verdict
 from fastadapt.evaluation.difference.shares import shapley, summarise
 from fastadapt.evaluation.difference.texts import held_out_texts, typed_text
@@ -531,3 +532,23 @@ def test_a_profile_has_every_token_of_the_text(
 def test_impossible_settings_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"where.{name}: expected 1 or more, got 0"):
         DifferenceConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_no_character_of_a_text_acts_on_a_terminal_and_spaces_show() -> None:
+    each = {"text": "a", "position": 1, "before": "say\x1b[2J\u202e x", "token": " "}
+    each |= {role: {"token": " \x1b]0;t\x07", "p": 0.5} for role in ("target", "base")}
+    each |= {"kl": 1.0, "reason": "mlps", "shapley": {"mlps": 1.0}}
+    table = _positions({"positions": [each]})
+    assert table is not None
+    (row,) = table.rows
+    assert not {"\x1b", "\x07", "\u202e"} & set("".join(row))
+    assert row[2:5] == ["say⟨U+001B⟩[2J⟨U+202E⟩ x", "␣", "␣⟨U+001B⟩]0;t… 50.0%"]
+
+
+def test_a_part_that_changes_nothing_has_no_share() -> None:
+    values = torch.rand(7, 16, dtype=torch.float64)
+    for index in range(16):
+        values[:, index] = values[:, index & ~0b0101]  # parts 0 and 2 change nothing
+    got = shapley(values - values[:, :1])
+    assert (got[:, [0, 2]] == 0).all()
+    assert (got[:, [1, 3]] != 0).all()

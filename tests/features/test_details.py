@@ -8,12 +8,13 @@ import pytest
 from stores import StoreData, StoreText, make_store
 
 from fastadapt.errors import UserError
-from fastadapt.features.store.details import read_details, token_text
+from fastadapt.features.store.details import read_details
 from fastadapt.features.store.ranking import by_layer, strongest
 from fastadapt.features.store.schema import EFFECTS
 from fastadapt.features.store.selection import SelectConfig, select
 from fastadapt.features.store.sets import find_set
 from fastadapt.features.store.store import Store
+from fastadapt.reporting.visible import token_text
 
 L, F = 2, 6
 STRINGS = [" wait", "\x1b[2J", "a\nb", "\u202eevil", *(f" w{i}" for i in range(26))]

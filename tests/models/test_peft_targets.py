@@ -557,6 +557,18 @@ def test_an_adapter_of_another_base_is_refused(
     assert re.search(r"lora_\w\.weight has shape .* and the base has a part for", message)
 
 
+def test_an_adapter_as_base_is_refused(
+    save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target, base, _ = save_peft()
+    over = str(shutil.copytree(target, tmp_path / "over"))
+    change(over, base_model_name_or_path=target)
+    # Exchanged; an adapter over an adapter.
+    for given, under in ((base, target), (over, "")):
+        message = refused(given, under, monkeypatch)
+        assert message.startswith(f"pair.base {target} is a PEFT adapter")
+
+
 def test_a_pair_without_a_difference_cannot_be_trained(save_peft: Callable[..., Any]) -> None:
     target, base, _ = save_peft("llama", {"target_modules": ["q_proj", "v_proj"]})
     sources = Sources.find(PairConfig(target, base))

@@ -384,10 +384,10 @@ class _Work:
         """Print and return the positions in responses at which a word of ``--at`` is predicted."""
         from fastadapt.cli.progress import stoppable
         from fastadapt.evaluation.generation.responses import read_responses
-        from fastadapt.features.store.characters import visible
         from fastadapt.graphs.places import find_places
         from fastadapt.io.names import typed_path
         from fastadapt.reporting.formatting import number
+        from fastadapt.reporting.visible import visible
 
         read = read_responses(typed_path(responses, "--responses"))
         model = self.models.model

@@ -10,6 +10,7 @@ from typing import Any
 from fastadapt.reporting.figures import Figure, Series, series_of
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, Table, shown
+from fastadapt.reporting.visible import token_text, visible
 
 #: Names of the parts in tables, in their order.
 NAMES = {
@@ -195,7 +196,7 @@ def _positions(result: Mapping[str, Any]) -> Table | None:
         [
             each["text"],
             number(each["position"]),
-            _visible(each["before"])[-_CONTEXT:],
+            visible(each["before"])[-_CONTEXT:],
             _cut(each["token"]),
             *(f"{_cut(each[r]['token'])} {percent(each[r]['p'])}" for r in ("target", "base")),
             number(each["kl"]),
@@ -212,14 +213,9 @@ def _positions(result: Mapping[str, Any]) -> Table | None:
     )
 
 
-def _visible(text: str) -> str:
-    """Return a text with line breaks and tabs as escapes."""
-    return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-
-
 def _cut(token: str) -> str:
     """Return the beginning of a token, for a cell."""
-    text = _visible(token)
+    text = token_text(token)
     return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 1]}…"
 
 

@@ -40,15 +40,14 @@ def shapley(values: Tensor) -> Tensor:
         tensor([2., 3.])
     """
     n_parts = (values.shape[-1] - 1).bit_length()
-    weights = values.new_zeros(values.shape[-1], n_parts)
-    for index in range(len(weights)):
-        size = index.bit_count()
-        for part in range(n_parts):
-            if index >> part & 1:
-                weights[index, part] = 1 / (n_parts * math.comb(n_parts - 1, size - 1))
-            else:
-                weights[index, part] = -1 / (n_parts * math.comb(n_parts - 1, size))
-    return values @ weights
+    columns = []
+    for part in range(n_parts):
+        without = [index for index in range(values.shape[-1]) if not index >> part & 1]
+        # Differences first: a part that changes nothing then has the value 0, not a rounding error.
+        gains = values[..., [index | 1 << part for index in without]] - values[..., without]
+        orders = [n_parts * math.comb(n_parts - 1, index.bit_count()) for index in without]
+        columns.append(gains @ (1 / values.new_tensor(orders)))
+    return torch.stack(columns, -1)
 
 
 def summarise(

@@ -7,7 +7,6 @@ shows the bytes that are no whole character in hexadecimal, as in ``⟨E4 BD⟩`
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -53,38 +52,6 @@ def _byte_of_letter() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
-
-
-def visible(text: str) -> str:
-    """Return a text on one line that a terminal shows as it is: no character is invisible.
-
-    Line breaks and tabs become symbols. Other control characters, and characters that are invisible
-    or change the order of the text around them, become their code points.
-
-    Example:
-        >>> visible("a\\nb\\x1b[2J\\u202e")
-        'a↵b⟨U+001B⟩[2J⟨U+202E⟩'
-    """
-    return "".join(_SYMBOLS.get(c) or _code_point(c) for c in text)
-
-
-def visible_lines(text: str) -> str:
-    """Return a text whose lines are :func:`visible`, with its line breaks.
-
-    Example:
-        >>> visible_lines("a\\tb\\nc")
-        'a⇥b\\nc'
-    """
-    return "\n".join(map(visible, text.split("\n")))
-
-
-_SYMBOLS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})  # categories of Unicode
-
-
-def _code_point(character: str) -> str:
-    hidden = unicodedata.category(character) in _HIDDEN
-    return f"⟨U+{ord(character):04X}⟩" if hidden else character
 
 
 def join_characters(strings: Sequence[str]) -> list[tuple[str, int]]:

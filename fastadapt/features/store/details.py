@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.features.store.characters import join_characters, visible
+from fastadapt.features.store.characters import join_characters
 from fastadapt.features.store.ranking import Ranked, strongest
 from fastadapt.features.store.scales import Scales
 from fastadapt.features.store.schema import REGIONS, SAMPLES, Kind
 from fastadapt.features.store.store import Store
+from fastadapt.reporting.visible import token_text, visible
 
 _BEFORE, _AFTER = 16, 8  # tokens of an example's text around its token
 
@@ -143,19 +144,6 @@ def _class(row: dict[str, Any]) -> tuple[str, str | None]:
 def _tokens(lens: dict[str, Any], end: str) -> list[tuple[str, float]]:
     texts = map(token_text, lens.get(f"{end}_tokens", ()))
     return list(zip(texts, lens.get(f"{end}_logits", ()), strict=True))
-
-
-def token_text(token: str) -> str:
-    """Return a token's text, visible, with symbols for spaces at its ends.
-
-    Example:
-        >>> token_text(" wait")
-        '␣wait'
-    """
-    text = visible(token)
-    left, right = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    inner = text.strip(" ")
-    return "␣" * left + inner + "␣" * right if inner else "␣" * len(text)
 
 
 def _descriptions(

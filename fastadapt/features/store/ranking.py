@@ -3,7 +3,7 @@
 The *contribution* of a unit is its density × mean activation × norm of its output row: the mean
 norm, over all tokens, of what the unit adds to the residual stream. It is read from the collected
 statistics. The effect on the output, ΔKL, is measured by ablation for the strongest units
-(:mod:`fastadapt.effects.ablation`) and is the order of units that have it.
+(:mod:`fastadapt.effects.ablation`); lists keep the order of contributions.
 """
 
 from __future__ import annotations

@@ -97,6 +97,13 @@ class Sources:
             raise UserError(
                 f"pair.base is missing: give the model that {config.target} was fine-tuned from"
             )
+        if os.path.isdir(base) and find_peft(base, None) is not None:
+            raise UserError(
+                f"pair.base {base} is a PEFT adapter; expected the whole model under it. If it is "
+                "the fine-tuned model, give it as pair.target; if the target was trained on top of "
+                "it, merge it into its base (peft: merge_and_unload, save_pretrained) and give "
+                "that folder"
+            )
         resolved = replace(config, target=target, base=base, base_revision=revision)
         return cls(config, resolved, peft, notes)
 
