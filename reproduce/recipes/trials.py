@@ -1,14 +1,16 @@
 """Options that were tried by a patch and not built: ``trials.json``, in a table of their own.
 
-A trial is one run of one seed. It shows whether an option is worth building, not its gain.
+A trial is one run a seed, mostly of one seed. It shows whether an option is worth building, not its
+gain.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from typing_extensions import TypedDict
+import msgspec
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.io.documents import Count, NonNegative, Positive, read_json
 from fastadapt.reporting.formatting import number, percent
@@ -26,7 +28,10 @@ class Reached(TypedDict):
 
 
 class Trial(TypedDict):
-    """A run with an option, and the run that it is compared with."""
+    """Runs with an option, and the runs that they are compared with; means over the seeds.
+
+    ``changes``: relative change of KL by seed, if both have the same L0 and several seeds were run.
+    """
 
     name: str
     description: str
@@ -34,19 +39,26 @@ class Trial(TypedDict):
     run: Reached
     against: str
     reference: Reached
+    changes: NotRequired[list[float]]
+
+
+class Group(TypedDict):
+    """Trials of one day, with a patch of one commit."""
+
+    date: str
+    commit: str
+    seeds: Annotated[list[Count], msgspec.Meta(min_length=1)]
+    trials: Annotated[list[Trial], msgspec.Meta(min_length=1)]
 
 
 class TrialsFile(TypedDict):
     """Contents of ``trials.json``: the trials, and what they share."""
 
-    schema_version: Literal[1]
-    date: str
-    commit: str
+    schema_version: Literal[2]
     pair: str
     steps: Positive
     texts: Positive
-    seed: Count
-    trials: list[Trial]
+    groups: list[Group]
 
 
 def trials_table(path: Path = TRIALS) -> Table:
@@ -58,7 +70,7 @@ def trials_table(path: Path = TRIALS) -> Table:
     file: TrialsFile = read_json(path, TrialsFile)
     return Table(
         "Tried and not built",
-        ["option", "what it is", "features", "KL, L0, dead", "against", "KL, L0, dead"],
+        ["option", "what it is", "features", "KL, L0, dead", "against", "KL, L0, dead", "by seed"],
         [
             [
                 trial["name"],
@@ -67,13 +79,22 @@ def trials_table(path: Path = TRIALS) -> Table:
                 _shown(trial["run"]),
                 trial["against"],
                 _shown(trial["reference"]),
+                ", ".join(percent(change) for change in trial.get("changes", ())) or "–",
             ]
-            for trial in file["trials"]
+            for group in file["groups"]
+            for trial in group["trials"]
         ],
-        f"Single runs of the {file['pair']} with a patch of commit {file['commit'][:9]}, "
-        f"{file['date']}: {file['steps']} steps of {file['texts']} texts, seed {file['seed']}, "
-        "other settings those of the preset. KL in nats on held-out texts.",
+        f"Runs of the {file['pair']} with patches: {file['steps']} steps of {file['texts']} texts, "
+        "other settings those of the preset. KL in nats on held-out texts; by seed: its change. "
+        + " ".join(map(_origin, file["groups"])),
     )
+
+
+def _origin(group: Group) -> str:
+    first, last = group["trials"][0]["name"], group["trials"][-1]["name"]
+    seeds = group["seeds"]
+    runs = f"means of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return f"From {first} to {last}: {runs}, of commit {group['commit'][:9]}, {group['date']}."
 
 
 def _shown(reached: Reached) -> str:
