@@ -168,17 +168,16 @@ def inspect(
 def _read_as(name: str, settings: DataConfig) -> tuple[Source, int | None]:
     """Return a source as a run reads it, and the largest number of texts that the run uses of it.
 
-    It is read as a part of the mixture, as held-out data, or as training data.
+    A source is read as a part of the mixture, as held-out data, or as training data.
     """
     from fastadapt.organism import resolve
 
     mixture = () if isinstance(settings.train, str) else settings.train
     part = next((part for part in mixture if part.source == name), None)
     is_held_out = part is None and settings.train != name == settings.validation
-    split = "validation" if is_held_out else "train"
-    return settings.source(resolve(name), split, part), (
-        settings.max_validation if is_held_out else None
-    )
+    if is_held_out:
+        return settings.source(resolve(name), "validation"), settings.max_validation
+    return settings.source(resolve(name), "train", part), None
 
 
 def _models_of(pair: str, base: str, trust: bool) -> tuple[Sources, dict[str, Any]]:

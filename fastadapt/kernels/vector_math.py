@@ -22,7 +22,7 @@ FUNCTIONS = (
 def resolve_functions() -> None:
     """Call each of :data:`FUNCTIONS` on one number, so on one thread, in both precisions.
 
-    Importing :mod:`fastadapt.kernels` does so. It takes about a millisecond, and does nothing
+    Importing :mod:`fastadapt.kernels` does so. The calls take about a millisecond, and are left out
     where torch is built without oneMKL.
 
     Example:
