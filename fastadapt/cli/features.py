@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastadapt.cli.console import print_table
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect import CollectConfig
 from fastadapt.features.overlap import OverlapConfig
 from fastadapt.features.site.server import PORT
@@ -188,6 +188,39 @@ def overlap(
         f"(medians over {table.num_rows:,} features)."
     )
     print(f"plot: {plot_of(Store.open(store or run)).resolve()}")
+    return 0
+
+
+def compare(run: str, other: str, *, n: int = 20, output: str | None = None) -> int:
+    """Compare the features of two runs by their numbers, such as those of two stages of a
+    fine-tuning, the later of which began as the earlier (train --run.init_from). No model is read.
+
+    Args:
+        run: a run with collected features, before
+        other: a run whose features were collected over the same texts, after
+        n: number of features to list, those whose contribution changed most
+        output: folder to write; by default comparison in OTHER
+    """
+    from fastadapt.features.comparison import PLOT, ROWS, TABLES, changes_table, layers_table, write
+    from fastadapt.features.comparison import compare as compare_features
+    from fastadapt.io.names import typed_path
+
+    if n < 1:
+        raise UserError(f"--n: expected 1 or more, got {n}")
+    folder = typed_path(output, "--output") if output else typed_path(other, "run") / "comparison"
+    compared = compare_features(run, other)
+    write(compared, folder, n)
+    for table, left in ((layers_table(compared), False), (changes_table(compared, n), True)):
+        print(table.title)
+        print_table(table.head, table.rows, left=left)
+        print(f"{table.note}\n")
+    if not compared.related:
+        print(
+            "Features of equal numbers are strongest at different tokens, as unrelated features "
+            "are: was OTHER trained with --run.init_from RUN?\n"
+        )
+    for name in (ROWS, TABLES, PLOT):
+        print(f"{name}: {(folder / name).resolve()}")
     return 0
 
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "features describe": ("autointerp:describe", "describe features, and score descriptions"),
     "features classify": ("autointerp:classify", "classify features: language, domain, reasoning"),
     "features overlap": ("features:overlap", "compare the tokens that fire in target and base"),
+    "features compare": ("features:compare", "compare two runs' features by their numbers"),
     "features show": ("effects:show", "show features, or list the strongest"),
     "features effects": ("effects:effects", "ablate the strongest features, one by one"),
     "features select": ("features:select", "save a named set of features"),

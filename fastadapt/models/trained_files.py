@@ -20,16 +20,23 @@ from fastadapt.adapter.files import (
     CARD,
     TRANSCODER,
     Card,
+    adapters_of,
     layer_readers,
     read_card,
+    read_transcoders,
     transcoder_readers,
 )
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Count, check
 from fastadapt.io.tensors import read_tensors
 from fastadapt.models.baselines import TUNED, TunedWeights
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.fingerprint import ENTRIES, changes
 
 KINDS = (TRANSCODER, *TUNED)
+#: Settings of :class:`AdapterConfig` that decide which tensors there are, and what they mean.
+_SHAPING = ("activation", "bias", "base_mlp")
 
 
 class TunedCard(Card):
@@ -111,6 +118,68 @@ def load_adapters(
                 parameter.data = parameter.data.to(dtype)
         adapters.append(adapter.to(device))
     return adapters, card["metadata"]
+
+
+def read_initial(
+    source: str | os.PathLike[str], config: AdapterConfig
+) -> tuple[list[Callable[[], TranscoderAdapter]], dict[str, Any]]:
+    """Read the transcoders as which those of a new run begin, one layer at a time.
+
+    Args:
+        source: a finished run, or a folder of transcoders (``run.init_from``).
+        config: settings of the new run's adapters. ``k``, ``bandwidth``, ``initial_threshold`` and
+            ``implementation`` may differ, which change no weight.
+
+    Returns:
+        As :func:`fastadapt.adapter.files.read_transcoders`.
+
+    Raises:
+        UserError: no transcoders, or transcoders of other settings.
+    """
+    layers, card = read_transcoders(adapters_of(source), "run.init_from")
+    for name, ours, theirs in (
+        ("n_features", config.features, card["adapter"].features),
+        *((name, getattr(config, name), getattr(card["adapter"], name)) for name in _SHAPING),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"adapter.{name}: expected {_typed(theirs)}, as in run.init_from {source}, got "
+                f"{_typed(ours)}"
+            )
+    return layers, card
+
+
+def initialise(
+    model: ReplacementModel, source: str | os.PathLike[str], config: AdapterConfig
+) -> None:
+    """Copy the weights of other transcoders into those of ``model``, in place.
+
+    Args:
+        model: model with new transcoders.
+        source, config: as in :func:`read_initial`.
+
+    Raises:
+        UserError: transcoders of other settings, sizes or layers, or of another base.
+    """
+    layers, card = read_initial(source, config)
+    pair, shape = model.pair, (len(layers), card["d_in"], card["d_out"])
+    if shape != (model.n_layers, model.d_model, model.d_model):
+        raise UserError(
+            f"run.init_from: {source} has {shape[0]} adapters of {shape[1]} inputs and {shape[2]} "
+            f"outputs; the pair has {model.n_layers} layers of width {model.d_model}"
+        )
+    base = {entry: {"base": (card["metadata"].get(entry) or {}).get("base")} for entry in ENTRIES}
+    if changed := changes(base, pair.fingerprints, {"base": pair.config.base}):
+        raise UserError(
+            f"run.init_from: {source} was trained beside another base: {'; '.join(changed)}. A "
+            "feature means the same in two runs only beside the same base"
+        )
+    for adapter, read in zip(model.adapters, layers, strict=True):
+        adapter.load_state_dict(read().state_dict())
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read_tuned(file: Path, layer: int, card: Mapping[str, Any]) -> TunedWeights:

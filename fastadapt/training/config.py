@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError, require
 from fastadapt.io.documents import read_yaml
-from fastadapt.io.names import has_file
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.models.baselines import Baseline, LoraConfig
 from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
@@ -66,7 +67,11 @@ class RunConfig:
             ``adapter``, except that ``adapter.n_features`` chooses the rank of ``lora``.
         rank: rank of the updates of ``lora``, not used otherwise. Null: the rank with as many
             parameters as adapters of ``adapter.n_features`` features.
-        seed: seed of the adapters' initialisation, the order of the data, and the cutoffs.
+        init_from: finished run, or folder of its transcoders, whose weights are those before the
+            first step; null: new ones. After a later stage of a fine-tuning, features then keep
+            their numbers. Both runs have the same base, ``adapter.n_features``,
+            ``adapter.activation``, ``adapter.bias`` and ``adapter.base_mlp``.
+        seed: seed of new adapters' weights, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
         eval_every: optimiser steps between held-out evaluations, beside those before the first and
             after the last step. 0: only these two.
@@ -92,6 +97,7 @@ class RunConfig:
     output: str
     trains: Trained = "transcoder"
     rank: int | None = None
+    init_from: str | None = None
     seed: int = 42
     log_every: int = 1
     eval_every: int = 500
@@ -126,6 +132,11 @@ class RunConfig:
             require(self.rank >= 1, "run.rank", "1 or more, or null", self.rank)
             trains = "lora, since only low-rank updates have a rank (run.rank)"
             require(self.trains == "lora", "run.trains", trains, self.trains)
+        if self.init_from is not None:
+            given, trains = self.init_from, self.trains
+            require(bool(given.strip()), "run.init_from", "a run, or null", given)
+            fits = "transcoder, since no baseline begins as another run (run.init_from)"
+            require(trains == "transcoder", "run.trains", fits, trains)
         if self.threads is not None:
             require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
 
@@ -194,6 +205,25 @@ class TrainConfig:
                 f"objective.l0: expected fewer than the {adapter.features} features of a layer "
                 f"(adapter.n_features), got {l0}"
             )
+
+    def located(self) -> TrainConfig:
+        """Return the configuration with absolute paths of data and of ``run.init_from``.
+
+        Paths that are not absolute would mean something else in another folder.
+
+        Raises:
+            UserError: ``run.init_from`` is the run that this one would replace.
+        """
+        run, start = self.run, self.run.init_from
+        if start is not None:
+            path, output = typed_path(start, "run.init_from"), typed_path(run.output, "run.output")
+            if output.resolve() in (path.resolve(), path.resolve().parent):
+                raise UserError(
+                    f"run.init_from: {start} is in run.output, whose run would be replaced; give "
+                    "another --run.output"
+                )
+            run = dataclasses.replace(run, init_from=os.path.abspath(path))
+        return dataclasses.replace(self, data=self.data.located(), run=run)
 
     @property
     def n_features(self) -> int:

@@ -72,6 +72,7 @@ def write(
         "family": config.data.family,
         "architecture": pair.target.config.model_type,
         "seed": config.run.seed,
+        **({"init_from": config.run.init_from} if config.run.init_from else {}),
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }

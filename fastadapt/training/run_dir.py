@@ -280,7 +280,7 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
             "--pair.trust_remote_code true"
         )
     pair = replace(before.pair, trust_remote_code=trusted)
-    before = replace(before, pair=Sources.find(pair).located(), data=before.data.located())
+    before = replace(before, pair=Sources.find(pair).located()).located()
     if config.data.family == AUTO:  # the run's form, see trainer
         config = replace(config, data=replace(config.data, family=before.data.family))
     differing = differences(config, before)

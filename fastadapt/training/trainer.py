@@ -25,6 +25,7 @@ from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_packing, check_traversal
 from fastadapt.models.sources.low_rank import share
 from fastadapt.models.sources.pair_sources import Sources
+from fastadapt.models.trained_files import initialise, read_initial
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
@@ -78,7 +79,7 @@ def train(
     check_dtype(config)
     sources = Sources.find(config.pair)
     sources.check_differ()
-    config = dataclasses.replace(config, pair=sources.located(), data=config.data.located())
+    config = dataclasses.replace(config, pair=sources.located()).located()
     device = choose_device(config.pair.device)
     config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:
@@ -99,8 +100,11 @@ def train(
         )
         config, reason = _with_family(config, folder, ranks, resume=resume)
         check_sources(config.data)  # before minutes of reading weights
+        start = config.run.init_from if checkpoint is None else None
+        if start is not None:
+            ranks.on_main(lambda: read_initial(start, config.adapter))
         torch.manual_seed(config.run.seed)
-        model, data = load_model_and_data(config, ranks, device)
+        model, data = load_model_and_data(config, ranks, device, init_from=start)
         _check_same_data(data, ranks)
         check_traversal(model, data.first_batch())
         if config.data.pack is not None:
@@ -204,7 +208,10 @@ def _check_same_data(data: StepData, ranks: Ranks) -> None:
 
 
 def load_model_and_data(
-    config: TrainConfig, ranks: Ranks = ALONE, device: torch.device | None = None
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
+    device: torch.device | None = None,
+    init_from: str | None = None,
 ) -> tuple[ReplacementModel, StepData]:
     """Load the pair with new adapters, and the tokenized data.
 
@@ -212,6 +219,8 @@ def load_model_and_data(
         config: configuration of the run.
         ranks: ranks that shard the model; rank 0 reads the weights.
         device: device of the run; needed with several ranks.
+        init_from: run whose weights the adapters take; None: new ones. A resumed run has those of
+            its checkpoint, and needs neither.
     """
     source = config.pair
     source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
@@ -221,7 +230,10 @@ def load_model_and_data(
         if pair.weights:  # they were read
             pair.check_mlps_differ()
         share(pair.target_mlps, pair.base_mlps, shared)
-        return ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
+        model = ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
+        if init_from is not None and pair.weights:
+            initialise(model, init_from, config.adapter)
+        return model
 
     if ranks.world == 1:
         model = load("cpu" if source.offload else None)

@@ -35,6 +35,7 @@ OPTIONS = re.findall(
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every
+--run.init_from
 --run.keep_checkpoints
 --run.log_every --run.max_bad_batches --run.output --run.rank --run.rank_timeout --run.report
 --run.seed
@@ -174,7 +175,9 @@ def test_the_options_of_push_are_frozen() -> None:
     assert sorted(open_command("push").parser.option_names()) == PUSH_OPTIONS.split()
 
 
-FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
+FEATURES = (
+    "check classify collect compare describe effects export merge overlap select serve sets show"
+)
 
 
 def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:

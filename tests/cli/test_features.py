@@ -293,6 +293,9 @@ OPTIONS = {
     "overlap": """
 --batch_tokens --device --dtype --features_at_once --store --tokens --trust_remote_code
 """,
+    "compare": """
+--n --output
+""",
     "effects": """
 --device --dtype --features --store --texts --top --trust_remote_code
 """,

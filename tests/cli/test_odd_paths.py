@@ -112,6 +112,10 @@ SOURCE = {
     "describe": lambda run, odd: ("features", "describe", odd),
     "classify": lambda run, odd: ("features", "classify", odd),
     "overlap": lambda run, odd: ("features", "overlap", odd),
+    "compare": lambda run, odd: ("features", "compare", odd, run),
+    "init_from": lambda run, odd: (
+        *("train", "organism", "--run.output", "o", "--run.init_from", odd),
+    ),
     "select": lambda run, odd: ("features", "select", odd, "other", "--template"),
     "sets": lambda run, odd: ("features", "sets", odd),
     "check": lambda run, odd: ("features", "check", odd),

@@ -17,6 +17,7 @@ from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.sources.pair_sources import Sources, planned_config
+from fastadapt.models.trained_files import read_initial
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig, check_dtype
 from fastadapt.training.planning.devices import Device, planned_device
@@ -160,6 +161,8 @@ def plan(
             "--pair.offload false"
         )
     Sources.find(config.pair).check_differ()
+    if config.run.init_from is not None:
+        read_initial(config.run.init_from, config.adapter)
     target = _target(config)
     dtype = DTYPES[config.pair.dtype]
     device = planned_device(gpu, device_kind(config, gpu), dtype, timed=timed)
