@@ -167,7 +167,7 @@ def _same_examples(stores: list[Store], n_layers: int, n_features: int) -> np.nd
         )
         keys.append((unit * n_texts + text) * length + position)
         counts.append(np.bincount(unit, minlength=n_layers * n_features))
-    both = np.intersect1d(*keys, assume_unique=True) // (n_texts * length)
+    both = np.intersect1d(keys[0], keys[1], assume_unique=True) // (n_texts * length)
     shared = np.bincount(both, minlength=n_layers * n_features)
     shares = shared / np.maximum(np.minimum(*counts), 1)
     return shares.reshape(n_layers, n_features)
@@ -228,15 +228,15 @@ def _line(name: str, rows: pa.Table, total: int) -> list[str]:
 def changes_table(compared: FeatureComparison, n: int = 20) -> Table:
     """Return the ``n`` features whose contribution has changed most, largest change first.
 
-    The tokens are those that the feature promotes: after, or before for one that is gone.
+    The tokens are those that the feature promotes: after, or before for one that is active no longer.
     """
     rows = compared.rows
     change = np.abs(rows["other_contribution"].to_numpy() - rows["contribution"].to_numpy())
     largest = rows.take(pa.array(np.argsort(-change, kind="stable")[:n]))
     lines = []
     for row in largest.to_pylist():
-        gone = row["other_density"] == 0
-        store = compared.run if gone else compared.other
+        is_lost = row["other_density"] == 0
+        store = compared.run if is_lost else compared.other
         lens = store.read("lens", layer=row["layer"], features=[row["feature"]])
         tokens = lens["promoted_tokens"][0].as_py()[:_N_TOKENS]
         lines.append(
@@ -257,7 +257,7 @@ def changes_table(compared: FeatureComparison, n: int = 20) -> Table:
         head,
         lines,
         "Contribution: density times mean activation times the norm of the feature's row of W_dec. "
-        "Tokens are those promoted after; before, by a feature that is gone.",
+        "Tokens are those promoted after; before, of a feature that is active no longer.",
     )
 
 

@@ -26,7 +26,7 @@ from fastadapt.io.documents import read_json
 from fastadapt.io.tensors import read_tensors
 
 LAST = 3  # a layer whose features change no other layer
-DOUBLED, TURNED, GONE, NEW = 2, 5, 7, 9
+DOUBLED, TURNED, LOST, NEW = 2, 5, 7, 9
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def after(before: Path) -> Path:
     def change(last: Any) -> None:
         last.W_dec[DOUBLED] *= 2
         last.W_dec[TURNED].neg_()
-        last.b_enc[GONE] = -1e3
-        last.b_enc[NEW] = last.b_enc[GONE + 1]
+        last.b_enc[LOST] = -1e3
+        last.b_enc[NEW] = last.b_enc[LOST + 1]
 
     folder = _change(before, before.with_name("after"), change)
     collect(folder, None, CollectConfig(n=30))
@@ -70,14 +70,14 @@ def test_planted_changes(before: Path, after: Path) -> None:
         turned = (layer, feature) == (LAST, TURNED)
         assert row["encoder_cosine"] == pytest.approx(1)
         assert row["decoder_cosine"] == pytest.approx(-1 if turned else 1)
-        if layer < LAST or feature not in (DOUBLED, GONE, NEW):
+        if layer < LAST or feature not in (DOUBLED, LOST, NEW):
             assert row["other_density"] == row["density"]
             assert row["other_contribution"] == row["contribution"]
             assert row["same_examples"] == 1
-    doubled, gone, new = (rows[LAST, feature] for feature in (DOUBLED, GONE, NEW))
+    doubled, lost, new = (rows[LAST, feature] for feature in (DOUBLED, LOST, NEW))
     assert doubled["other_density"] == doubled["density"]
     assert doubled["other_contribution"] == pytest.approx(2 * doubled["contribution"], rel=1e-6)
-    assert (gone["other_density"], gone["other_contribution"]) == (0, 0) < (gone["density"],)
+    assert (lost["other_density"], lost["other_contribution"]) == (0, 0) < (lost["density"],)
     assert (new["density"], new["contribution"]) == (0, 0)
     assert new["other_density"] > 0
 
@@ -110,9 +110,9 @@ def test_the_tables(before: Path, after: Path) -> None:
     assert layers[0][5:] == ["100.0%", "1.00", "1.00"]
     changes = changes_table(compared, 3)
     assert len(changes.rows) == 3
-    assert {row[0] for row in changes.rows} == {f"{LAST}/{f}" for f in (DOUBLED, GONE, NEW)}
+    assert {row[0] for row in changes.rows} == {f"{LAST}/{f}" for f in (DOUBLED, LOST, NEW)}
     for row in changes.rows:
-        store = compared.run if row[0] == f"{LAST}/{GONE}" else compared.other
+        store = compared.run if row[0] == f"{LAST}/{LOST}" else compared.other
         lens = store.read("lens", layer=LAST, features=[int(row[0].partition("/")[2])])
         assert row[-1].split()[0].strip("␣") == lens["promoted_tokens"][0].as_py()[0].strip()
 
