@@ -228,7 +228,7 @@ def _line(name: str, rows: pa.Table, total: int) -> list[str]:
 def changes_table(compared: FeatureComparison, n: int = 20) -> Table:
     """Return the ``n`` features whose contribution has changed most, largest change first.
 
-    The tokens are those that the feature promotes: after, or before for one that is active no longer.
+    The tokens are those that a feature promotes: after, or before if it is active no longer.
     """
     rows = compared.rows
     change = np.abs(rows["other_contribution"].to_numpy() - rows["contribution"].to_numpy())
