@@ -7,6 +7,7 @@ are read by :mod:`fastadapt.models.trained_files`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.io.atomic import save_tensors, writing_folder
+from fastadapt.io.atomic import digest_of_input, save_tensors, writing_folder
 from fastadapt.io.documents import Count, Finite, Mapped, Name, NonNegative, check, read_json
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import read_tensors
@@ -152,6 +153,14 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
 
+def adapter_digest(folder: Path) -> str:
+    """Return the SHA-256 of a folder of adapters, over the layers' files in order."""
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.glob("layer_*.safetensors")):
+        sha256.update(f"{path.name} {digest_of_input(path)}\n".encode())
+    return sha256.hexdigest()
+
+
 class AdapterSection(TypedDict):
     """Types of the settings of :class:`AdapterConfig` in ``fastadapt.json`` and ``config.json``.
 
@@ -217,6 +226,13 @@ class Change(TypedDict):
     scale: NotRequired[Finite | None]
 
 
+class Origin(TypedDict):
+    """The run that the adapters of a run began as, and the digest of its adapters."""
+
+    run: Name
+    adapter: Name
+
+
 class Metadata(TypedDict, total=False):
     """Optional keys of ``metadata`` in ``fastadapt.json`` that are read. Other keys are allowed."""
 
@@ -233,6 +249,7 @@ class Metadata(TypedDict, total=False):
     objective: Weights | None
     measured: Measured | None
     interventions: list[Change] | None
+    init_from: Origin | None
 
 
 class Card(TypedDict):

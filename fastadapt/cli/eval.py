@@ -111,11 +111,11 @@ def study(
         dry_run: print the number of arms and responses, and end
         overwrite: remove the contents of --output first, once the settings are checked
     """
-    from fastadapt.adapter.files import adapters_of
+    from fastadapt.adapter.files import adapter_digest, adapters_of
     from fastadapt.evaluation.models_under_test import ModelSet
     from fastadapt.features.collect import collect
     from fastadapt.features.store.schema import MANIFEST
-    from fastadapt.features.store.store import Store, adapter_digest
+    from fastadapt.features.store.store import Store
     from fastadapt.study.report import tables
     from fastadapt.study.running import CONTENTS, Study
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.effects.requests import RUN, factors_of
 from fastadapt.effects.trace import ADAPTER
 from fastadapt.errors import UserError
@@ -33,7 +34,6 @@ from fastadapt.evaluation.contrast.result import ModelKind
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.selection import density_shares, matched
 from fastadapt.features.store.sets import FeatureSet, Pair
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import scale_features
 
 BIAS = "bias"  # name of the model with no feature

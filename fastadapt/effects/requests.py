@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.data.contents import Turn
 from fastadapt.data.rendered import TEXT_ONLY, Piece, Prefill, Rendered, Spec
 from fastadapt.data.rendering import get_form, opening_of, prompt_pieces
@@ -18,7 +19,6 @@ from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.loading import RunContents
 from fastadapt.features.store.sets import Pair, find_set, pair_of
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import check_exists
 from fastadapt.models.pretrained import encode_text
 from fastadapt.models.trained_files import read_adapters

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.data.rendered import Prefill
 from fastadapt.effects.generate import GenerateConfig, generate
 from fastadapt.effects.requests import RUN, check_text, factors_of, ids_of, prompt_ids
@@ -30,7 +31,7 @@ from fastadapt.features.loading import RunContents
 from fastadapt.features.store.details import first_descriptions, read_details
 from fastadapt.features.store.logit_lens import strings_of
 from fastadapt.features.store.schema import MANIFEST
-from fastadapt.features.store.store import Store, adapter_digest
+from fastadapt.features.store.store import Store
 from fastadapt.hub.download import locate
 from fastadapt.hub.push import Pushed, push
 from fastadapt.io.names import has_file

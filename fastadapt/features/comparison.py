@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fastadapt.adapter.files import adapters_of, read_transcoders
+from fastadapt.adapter.files import adapter_digest, adapters_of, read_transcoders
 from fastadapt.errors import UserError
-from fastadapt.features.store.store import Store, adapter_digest
+from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import writing_folder
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import number, percent
@@ -77,7 +77,7 @@ class FeatureComparison:
         """Whether most features of equal numbers are strongest at some tokens in common."""
         both = _active(self.rows, "density") & _active(self.rows, "other_density")
         shares = self.rows["same_examples"].to_numpy()[both]
-        return not len(shares) or float(np.median(shares)) >= RELATED
+        return len(shares) > 0 and float(np.median(shares)) >= RELATED
 
 
 def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> FeatureComparison:
@@ -121,15 +121,13 @@ def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> Featu
 
 
 def _check_texts(run: Any, other: Any, stores: list[Store]) -> None:
-    # Stores of earlier versions have no digest; their counts are compared.
-    facts = [
-        tuple(store.manifest["data"].get(key) for key in ("digest", "family", "texts", "tokens"))
-        for store in stores
-    ]
-    if facts[0] != facts[1]:
+    data = [store.manifest["data"] for store in stores]
+    # A digest is over all tokens. Stores of earlier versions have none: their counts are compared.
+    keys = ["digest"] if all(each.get("digest") for each in data) else ["texts", "tokens"]
+    if any(data[0].get(key) != data[1].get(key) for key in keys):
         raise UserError(
             f"the features of {run} and of {other} were collected over different texts; collect "
-            "both over the same (fastadapt features collect)"
+            "both over the same (fastadapt features collect --data ... --n ...)"
         )
 
 
@@ -153,9 +151,12 @@ def _cosines(ours: Tensor, theirs: Tensor) -> np.ndarray:
 
 def _same_examples(stores: list[Store], n_layers: int, n_features: int) -> np.ndarray:
     """Return the share of strongest activations at the same tokens, ``[L, F]``; 0 of none."""
-    columns = ["layer", "feature", "sample", "text", "position"]
+    columns = ["layer", "feature", "sample", "rank", "text", "position"]
     tables = [store.read("examples", columns=columns) for store in stores]
     tables = [table.filter(pc.equal(table["sample"], "top")) for table in tables]
+    # Stores may hold different numbers of strongest activations: those of the fewer count.
+    largest = min((pc.max(table["rank"]).as_py() or 0 for table in tables), default=0)
+    tables = [table.filter(pc.less_equal(table["rank"], largest)) for table in tables]
     n_texts = stores[0].manifest["data"]["texts"]
     length = 1 + max((pc.max(t["position"]).as_py() or 0 for t in tables), default=0)
     keys, counts = [], []
@@ -210,8 +211,18 @@ def layers_table(compared: FeatureComparison) -> Table:
         [*head, "same examples", "cosine of encoders", "of decoders"],
         lines,
         "Same examples: share of a feature's strongest activations that are at the same tokens in "
-        "both runs. It and the cosines are medians over the features that are active in both.",
+        "both runs. It and the cosines are medians over the features that are active in both. "
+        + "; ".join(f"{role}: {name}" for role, name in _names(compared).items())
+        + ".",
     )
+
+
+def _names(compared: FeatureComparison) -> dict[str, str]:
+    """Return the run of either side, and the digest of its adapters, for tables and files."""
+    sides = {"before": compared.run.manifest, "after": compared.other.manifest}
+    return {
+        role: f"{manifest['run']} ({manifest['adapter'][:12]})" for role, manifest in sides.items()
+    }
 
 
 def _line(name: str, rows: pa.Table, total: int) -> list[str]:
@@ -298,4 +309,4 @@ def write(compared: FeatureComparison, folder: Path, n: int = 20) -> None:
     with writing_folder(folder, last=ROWS, ours=(ROWS, TABLES, PLOT)) as staged:
         (staged / TABLES).write_text(as_markdown(tables), encoding="utf-8")
         write_png(figure(compared), staged / PLOT)
-        pq.write_table(compared.rows, staged / ROWS)
+        pq.write_table(compared.rows.replace_schema_metadata(_names(compared)), staged / ROWS)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.errors import UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.logit_lens import token_strings
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.graphs.attribution import Leaves, Target
 from fastadapt.graphs.evidence import (
     EvidenceConfig,

@@ -66,6 +66,10 @@ def _pair(metadata: Mapping[str, Any]) -> Table:
     return Table("Pair", ["", "model", "commit", "weights, SHA-256"], rows)
 
 
+def _origin(init_from: Mapping[str, str]) -> str:
+    return f"the adapters of {init_from['run']} (SHA-256 {init_from['adapter'][:12]})"
+
+
 def _training(run: SharedRun) -> Table:
     metadata, adapter = run.card["metadata"], run.card["adapter"]
     objective = metadata.get("objective") or {}
@@ -78,6 +82,7 @@ def _training(run: SharedRun) -> Table:
         "trained": run.model.description,
         "layers × features": f"{run.card['n_layers']} × {adapter['n_features']:,}",
         "activation": adapter["activation"],
+        **({"began as": _origin(metadata["init_from"])} if metadata.get("init_from") else {}),
         "training data": sources,
         "training tokens": number(tokens),
         "held-out data": data.get("validation") or "–",

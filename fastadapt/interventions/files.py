@@ -15,11 +15,10 @@ from typing import Any
 
 import yaml
 
-from fastadapt.adapter.files import adapters_of, read_transcoders, write_adapters
+from fastadapt.adapter.files import adapter_digest, adapters_of, read_transcoders, write_adapters
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import read_pair
 from fastadapt.features.store.sets import FeatureSet, pair_of
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml

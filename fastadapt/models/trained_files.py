@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fastadapt.adapter.files import (
     transcoder_readers,
 )
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.errors import UserError
+from fastadapt.errors import ModelsChangedWarning, UserError
 from fastadapt.io.documents import Count, check
 from fastadapt.io.tensors import read_tensors
 from fastadapt.models.baselines import TUNED, TunedWeights
@@ -35,8 +36,8 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.fingerprint import ENTRIES, changes
 
 KINDS = (TRANSCODER, *TUNED)
-#: Settings of :class:`AdapterConfig` that decide which tensors there are, and what they mean.
-_SHAPING = ("activation", "bias", "base_mlp")
+#: Settings of :class:`AdapterConfig` on which tensors, their meaning or their bounds depend.
+_SHAPING = ("activation", "bandwidth", "initial_threshold", "bias", "base_mlp")
 
 
 class TunedCard(Card):
@@ -127,16 +128,22 @@ def read_initial(
 
     Args:
         source: a finished run, or a folder of transcoders (``run.init_from``).
-        config: settings of the new run's adapters. ``k``, ``bandwidth``, ``initial_threshold`` and
-            ``implementation`` may differ, which change no weight.
+        config: settings of the new run's adapters, of which ``k`` and ``implementation`` may
+            differ from those of ``source``.
 
     Returns:
         As :func:`fastadapt.adapter.files.read_transcoders`.
 
     Raises:
-        UserError: no transcoders, or transcoders of other settings.
+        UserError: no transcoders, transcoders of other settings, or some that ``fastadapt
+            intervene`` wrote, whose removed features no training brings back.
     """
     layers, card = read_transcoders(adapters_of(source), "run.init_from")
+    if card["metadata"].get("interventions"):
+        raise UserError(
+            f"run.init_from: {source} was changed by fastadapt intervene; give the run that was "
+            "changed"
+        )
     for name, ours, theirs in (
         ("n_features", config.features, card["adapter"].features),
         *((name, getattr(config, name), getattr(card["adapter"], name)) for name in _SHAPING),
@@ -160,6 +167,9 @@ def initialise(
 
     Raises:
         UserError: transcoders of other settings, sizes or layers, or of another base.
+
+    Warns:
+        ModelsChangedWarning: the source does not record the fingerprint of its base.
     """
     layers, card = read_initial(source, config)
     pair, shape = model.pair, (len(layers), card["d_in"], card["d_out"])
@@ -173,6 +183,14 @@ def initialise(
         raise UserError(
             f"run.init_from: {source} was trained beside another base: {'; '.join(changed)}. A "
             "feature means the same in two runs only beside the same base"
+        )
+    if base["weights"]["base"] is None:
+        recorded = card["metadata"].get("base") or "an unnamed one"
+        warnings.warn(
+            f"run.init_from: {source} has no fingerprint of its base ({recorded}), which could not "
+            f"be compared with {pair.config.base}. A feature means the same only beside one base",
+            ModelsChangedWarning,
+            stacklevel=2,
         )
     for adapter, read in zip(model.adapters, layers, strict=True):
         adapter.load_state_dict(read().state_dict())

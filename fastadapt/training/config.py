@@ -69,8 +69,8 @@ class RunConfig:
             parameters as adapters of ``adapter.n_features`` features.
         init_from: finished run, or folder of its transcoders, whose weights are those before the
             first step; null: new ones. After a later stage of a fine-tuning, features then keep
-            their numbers. Both runs have the same base, ``adapter.n_features``,
-            ``adapter.activation``, ``adapter.bias`` and ``adapter.base_mlp``.
+            their numbers. Both runs have the same base and the same settings of ``adapter``, but
+            for ``k`` and ``implementation``.
         seed: seed of new adapters' weights, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
         eval_every: optimiser steps between held-out evaluations, beside those before the first and
@@ -189,6 +189,12 @@ class TrainConfig:
             raise UserError(
                 f"objective.l0: expected null, since run.trains {trains!r} has no features, "
                 f"got {l0}"
+            )
+        if self.run.init_from is not None:
+            raise UserError(
+                "objective.l0: expected null with run.init_from, since the steering lets L0 start "
+                f"at many times its target, as in new adapters, got {l0}; give the last λ of the "
+                "other run as objective.sparsity (sparsity_weight in its summary.json)"
             )
         if not self.objective.sparsity:
             raise UserError(

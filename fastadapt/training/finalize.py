@@ -48,11 +48,11 @@ def write(
     """
     from fastadapt.training.report import write_report
 
+    records = run_dir.read_records(folder / run_dir.METRICS)
     record = next(
-        r
-        for r in reversed(run_dir.read_records(folder / run_dir.METRICS))
-        if r["kind"] == "eval" and r["step"] == counts["steps"]
+        r for r in reversed(records) if r["kind"] == "eval" and r["step"] == counts["steps"]
     )
+    init_from = next((r.get("init_from") for r in records if r["kind"] == "start"), None)
     summary = {
         **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
         "interrupted": False,
@@ -72,7 +72,7 @@ def write(
         "family": config.data.family,
         "architecture": pair.target.config.model_type,
         "seed": config.run.seed,
-        **({"init_from": config.run.init_from} if config.run.init_from else {}),
+        **({"init_from": init_from} if init_from else {}),
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }

@@ -131,6 +131,7 @@ class TrainingRun:
         *,
         resume: bool,
         no_template: str | None = None,
+        init_from: Record | None = None,
     ) -> None:
         """Write the first records of a run, or of its resumption from ``checkpoint``.
 
@@ -139,11 +140,14 @@ class TrainingRun:
             passed: damaged checkpoints.
             resume: the run is resumed.
             no_template: why the tokenizer's chat template is not the chat format.
+            init_from: ``run`` and ``adapter``, the digest, of the adapters that the run began as.
         """
         if not self.log.has("start", 0):
             facts = state.facts(self)
             if no_template is not None:
                 facts |= {"family": self.config.data.family, "no_template": no_template}
+            if init_from is not None:
+                facts["init_from"] = init_from
             self.log.write("start", 0, **facts)
         if resume:
             self.log.write(

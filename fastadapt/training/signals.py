@@ -102,13 +102,14 @@ def _memory_message(config: TrainConfig, reason: str, ranks: Ranks) -> str:
         if free
         else ""
     )
+    free_features = config.n_features and config.run.init_from is None
     return (
         f"out of memory ({first}). {need} {free_memory()}. {resumed}To need less from the first "
         "step, start again with --overwrite and lower data.max_tokens "
         f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}; raise "
         "optimizer.accumulation to keep the steps) or objective.kl_chunk_tokens "
         f"({config.objective.kl_chunk_tokens})"
-        + (f", or adapter.n_features ({config.n_features})" if config.n_features else "")
+        + (f", or adapter.n_features ({config.n_features})" if free_features else "")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
         + "."
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastadapt.adapter.files import adapter_digest, adapters_of
 from fastadapt.data.mixtures import check_sources
 from fastadapt.data.rendered import AUTO
 from fastadapt.data.templates.auto_format import Choice, choose
@@ -101,8 +102,10 @@ def train(
         config, reason = _with_family(config, folder, ranks, resume=resume)
         check_sources(config.data)  # before minutes of reading weights
         start = config.run.init_from if checkpoint is None else None
+        origin = None
         if start is not None:
             ranks.on_main(lambda: read_initial(start, config.adapter))
+            origin = {"run": start, "adapter": adapter_digest(adapters_of(start))}
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device, init_from=start)
         _check_same_data(data, ranks)
@@ -114,7 +117,9 @@ def train(
         if not resume:
             ranks.on_main(lambda: run_dir.start_afresh(folder, config))
         with closing(data), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
-            run.record_start(checkpoint, passed, resume=resume, no_template=reason)
+            run.record_start(
+                checkpoint, passed, resume=resume, no_template=reason, init_from=origin
+            )
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not ranks.any(stopping.is_set()):
                 run.advance()

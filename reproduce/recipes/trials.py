@@ -43,9 +43,10 @@ class Trial(TypedDict):
 
 
 class Group(TypedDict):
-    """Trials of one day, with a patch of one commit."""
+    """Trials of one day, with a patch of one commit; ``steps`` if they differ from the file's."""
 
     date: str
+    steps: NotRequired[Positive]
     commit: str
     seeds: Annotated[list[Count], msgspec.Meta(min_length=1)]
     trials: Annotated[list[Trial], msgspec.Meta(min_length=1)]
@@ -94,7 +95,10 @@ def _origin(group: Group) -> str:
     first, last = group["trials"][0]["name"], group["trials"][-1]["name"]
     seeds = group["seeds"]
     runs = f"means of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    return f"From {first} to {last}: {runs}, of commit {group['commit'][:9]}, {group['date']}."
+    steps = f", {group['steps']} steps" if "steps" in group else ""
+    return (
+        f"From {first} to {last}: {runs}{steps}, of commit {group['commit'][:9]}, {group['date']}."
+    )
 
 
 def _shown(reached: Reached) -> str:

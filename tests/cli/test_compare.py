@@ -42,7 +42,12 @@ def test_tables_and_files(runs: Path, fastadapt: Callable) -> None:
     assert "init_from" not in outcome.out
     folder = after / "comparison"
     assert {path.name for path in folder.iterdir()} == {ROWS, TABLES, PLOT}
-    assert pq.read_table(folder / ROWS).equals(compare(before, after).rows)
+    rows = pq.read_table(folder / ROWS)
+    assert rows.equals(compare(before, after).rows)
+    names = {k.decode(): v.decode() for k, v in rows.schema.metadata.items()}
+    assert names["before"].startswith(f"{before} (")
+    assert names["after"].startswith(f"{after} (")
+    assert f"before: {names['before']}; after: {names['after']}." in (folder / TABLES).read_text()
     assert (folder / PLOT).read_bytes()[1:4] == b"PNG"
     assert "## Largest changes" in (folder / TABLES).read_text()
     for name in (ROWS, TABLES, PLOT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,43 @@ def test_a_run_with_new_weights_is_called_unrelated(before: Path) -> None:
         assert row["same_examples"] == len(ours & theirs) / max(1, min(len(ours), len(theirs)))
         shared += len(ours & theirs)
     assert shared  # of many features, some share a token by chance
+
+
+def test_stores_with_other_numbers_of_examples_and_another_family(
+    before: Path, after: Path, tmp_path: Path
+) -> None:
+    """Equal tokens are equal texts, and the fewer examples of the two stores are compared."""
+    runs = [before, before.with_name("unrelated")]
+    for top in (3, 1000):
+        for number, run in enumerate(runs):
+            copy = tmp_path / f"{number}-{top}"
+            shutil.copytree(run, copy, ignore=shutil.ignore_patterns("features"))
+            collect(copy, None, CollectConfig(n=30, top=top))
+    fewer, more = (compare(tmp_path / "0-3", tmp_path / f"1-{top}") for top in (3, 1000))
+    expected = fewer.rows["same_examples"].to_pylist()
+    assert more.rows["same_examples"].to_pylist() == expected
+    assert not more.related
+    named = Path(shutil.copytree(after, tmp_path / "named"))
+    manifest = read_json(named / "features" / "manifest.json")
+    manifest["data"]["family"] = {"template": "the same, written by its owner"}
+    (named / "features" / "manifest.json").write_text(json.dumps(manifest))
+    assert compare(before, named).rows.equals(compare(before, after).rows)
+
+
+def test_runs_without_a_common_feature_are_unrelated(before: Path, tmp_path: Path) -> None:
+    for name, parity in (("even", 0), ("odd", 1)):
+        run = tmp_path / name
+        shutil.copytree(before, run, ignore=shutil.ignore_patterns("features"))
+        halved, metadata = load_adapters(before / "adapter")
+        with torch.no_grad():
+            adapter: Any
+            for adapter in halved:
+                adapter.b_enc[parity::2] = -1e3
+        save_adapters(halved, run / "adapter", metadata)
+        collect(run, None, CollectConfig(n=30))
+    compared = compare(tmp_path / "even", tmp_path / "odd")
+    assert layers_table(compared).rows[0][1] == "0"
+    assert not compared.related
 
 
 def test_what_cannot_be_compared(before: Path, after: Path, tmp_path: Path) -> None:

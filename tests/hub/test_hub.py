@@ -20,8 +20,7 @@ from fake_hub import FakeHub, serving
 
 import fastadapt
 from fastadapt import AdapterConfig, RunError, TranscoderAdapter, UserError, save_adapters
-from fastadapt.adapter.files import CARD
-from fastadapt.features.store.store import adapter_digest
+from fastadapt.adapter.files import CARD, adapter_digest
 from fastadapt.hub.names import is_local
 from fastadapt.hub.paths import check_private, portable
 from fastadapt.hub.push import push
@@ -147,6 +146,24 @@ def test_the_card_has_the_figures_of_the_summary(hub: FakeHub, run: Path) -> Non
     card = hub.repositories["ann/unlicensed"].files["README.md"].decode()
     assert "No licence was stated" in card
     assert "license" not in yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_names_what_a_run_began_as(hub: FakeHub, run: Path, tmp_path: Path) -> None:
+    start = {"run": str(tmp_path / "earlier"), "adapter": "ab" * 32}
+    path = run / "adapter" / CARD
+    card = json.loads(path.read_text())
+    card["metadata"]["init_from"] = start
+    path.write_text(json.dumps(card))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["init_from"] = start["run"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    push(run, "ann/run")
+    files = hub.repositories["ann/run"].files
+    shown = "| began as | the adapters of earlier (SHA-256 abababababab) |"
+    assert shown in files["README.md"].decode()
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+    assert fastadapt.load("ann/run", device="cpu").config is not None
 
 
 def test_texts_of_a_run_cannot_write_into_its_card(hub: FakeHub, run: Path) -> None:

@@ -21,10 +21,10 @@ from stores import StoreText, make_store
 
 import fastadapt
 from fastadapt.adapter.coder_files import read_coders, save_coders
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.cli.export import Checkpoint, Coders, Format
 from fastadapt.cli.main import main
 from fastadapt.errors import UserError
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.interop.formats import FORMATS, export_coders, require_output
 from fastadapt.interop.neuronpedia import write_record
 from fastadapt.models.huggingface.checkpoint import RECORD, Kind, export_kind

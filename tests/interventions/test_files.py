@@ -16,13 +16,12 @@ from peft_folders import peft_saver
 from transformers import AutoModelForCausalLM
 
 from fastadapt import serving
-from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.files import adapter_digest, save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.cli.export import convert
 from fastadapt.errors import ModelsChangedWarning, RunError, UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.sets import FeatureSet, read_set
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from fastadapt.adapter.files import adapters_of, save_adapters
+from fastadapt.adapter.files import adapter_digest, adapters_of, save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.cli.main import main
 from fastadapt.cli.progress import Progress
@@ -27,7 +27,7 @@ from fastadapt.evaluation.folder import opened
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
-from fastadapt.features.store.store import Store, adapter_digest
+from fastadapt.features.store.store import Store
 from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel

@@ -12,20 +12,26 @@ import pytest
 import torch
 from same_run import assert_same_run, into, records, stop_after
 
-from fastadapt import load_adapters
-from fastadapt.errors import UserError
+from fastadapt import load_adapters, save_adapters
+from fastadapt.adapter.files import adapter_digest
+from fastadapt.distributed.ranks import ALONE
+from fastadapt.errors import ModelsChangedWarning, RunError, UserError
 from fastadapt.training.config import TrainConfig, load_config
-from fastadapt.training.planning.estimate import plan
+from fastadapt.training.planning.estimate import plan, remedies
+from fastadapt.training.signals import out_of_memory_explained
 from fastadapt.training.trainer import train
 
+JUMPRELU: dict[str, object] = {
+    "adapter.activation": "jumprelu",
+    "adapter.bandwidth": 0.1,
+    "adapter.initial_threshold": 0.05,
+}
 KINDS: dict[str, dict[str, object]] = {
     "relu": {},
     "batch_topk": {"adapter.activation": "batch_topk", "adapter.k": 2.5},
-    "jumprelu": {
-        "adapter.activation": "jumprelu",
-        "adapter.bandwidth": 0.1,
-        "adapter.initial_threshold": 0.05,
-    },
+    "jumprelu": JUMPRELU,
+    "bfloat16 on masters": {"pair.dtype": "bfloat16"},
+    "whole MLP": {"adapter.base_mlp": False},
 }
 
 
@@ -77,7 +83,10 @@ def test_a_later_stage(
     assert at_start["run"]["kl_adapter"] == at_start["folder"]["kl_adapter"]
     assert at_start["run"]["kl_adapter"] < 0.9 * at_start["new"]["kl_adapter"]
     card = json.loads((tmp_path / "run" / "adapter" / "fastadapt.json").read_text())
-    assert card["metadata"]["init_from"] == str(tmp_path / "first")
+    digest = adapter_digest(tmp_path / "first" / "adapter")
+    assert card["metadata"]["init_from"] == {"run": str(tmp_path / "first"), "adapter": digest}
+    new = json.loads((tmp_path / "new" / "adapter" / "fastadapt.json").read_text())
+    assert "init_from" not in new["metadata"]
 
 
 def test_a_resumed_run_does_not_need_the_other_one(
@@ -118,11 +127,15 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(
     ("changes", "message"),
     [
         ({"adapter.n_features": 24}, r"adapter\.n_features: expected 48, as in run\.init_from"),
-        (KINDS["jumprelu"], r"adapter\.activation: expected relu, as in run\.init_from .*jumprelu"),
+        (JUMPRELU, r"adapter\.activation: expected relu, as in run\.init_from .*jumprelu"),
+        (
+            {**JUMPRELU, "adapter.bandwidth": 0.2},
+            r"adapter\.bandwidth: expected 0\.1, as in .*0\.2",
+        ),
         ({"adapter.bias": False}, r"adapter\.bias: expected true, as in .*, got false"),
         ({"adapter.base_mlp": False}, r"adapter\.base_mlp: expected true, as in .*, got false"),
     ],
-    ids=["features", "activation", "bias", "base_mlp"],
+    ids=["features", "activation", "bandwidth", "bias", "base_mlp"],
 )
 def test_other_settings_are_refused_before_weights_are_read(
     tiny_config: Callable[..., TrainConfig],
@@ -131,7 +144,8 @@ def test_other_settings_are_refused_before_weights_are_read(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train(into(tiny_config(), tmp_path / "first"))
+    jumps = changes.get("adapter.bandwidth") == 0.2
+    train(into(tiny_config(**(JUMPRELU if jumps else {})), tmp_path / "first"))
     config = tiny_config(**changes, **{"run.init_from": str(tmp_path / "first")})
 
     def unread(*_: object, **__: object) -> None:
@@ -153,12 +167,40 @@ def test_another_base_or_another_model_is_refused(
     with pytest.raises(UserError, match=r"trained beside another base: base .*later has weights"):
         train(tiny_config(**{"pair.base": str(later_target), **start}))
     adapters, metadata = load_adapters(tmp_path / "first" / "adapter")
-    from fastadapt import save_adapters
-
     save_adapters(list(adapters)[:1], tmp_path / "one", metadata)
     with pytest.raises(UserError, match=r"one has 1 adapters of 32 inputs .*the pair has 2 layers"):
         train(tiny_config(**{"run.init_from": str(tmp_path / "one")}))
     assert not (tmp_path / "run" / "config.yaml").exists()
+    save_adapters(adapters, tmp_path / "bare", {"base": "a/base"})
+    with pytest.warns(ModelsChangedWarning, match=r"no fingerprint of its base \(a/base\)"):
+        train(tiny_config(**{"run.init_from": str(tmp_path / "bare")}))
+
+
+def test_changed_adapters_and_a_target_l0_are_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Removed features get no gradient; steering begins with a high L0, as of new adapters."""
+    train(into(tiny_config(), tmp_path / "first"))
+    adapters, metadata = load_adapters(tmp_path / "first" / "adapter")
+    step = {"kind": "ablate", "set": {"name": None, "size": 1}, "adapter": "a" * 64}
+    save_adapters(adapters, tmp_path / "changed", {**metadata, "interventions": [step]})
+    with pytest.raises(UserError, match=r"changed was changed by fastadapt intervene; give the"):
+        train(tiny_config(**{"run.init_from": str(tmp_path / "changed")}))
+    with pytest.raises(UserError, match=r"objective\.l0: expected null with run\.init_from"):
+        tiny_config(**{"run.init_from": str(tmp_path / "first"), "objective.l0": 4.0})
+
+
+def test_advice_on_memory_leaves_the_features_as_they_are(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(into(tiny_config(), tmp_path / "first"))
+    for changes, is_named in (({}, True), ({"run.init_from": str(tmp_path / "first")}, False)):
+        config = tiny_config(**changes)
+        names = [name for name, _ in remedies(config, plan(config))]
+        assert any(name.startswith("adapter.n_features") for name in names) == is_named
+        with pytest.raises(RunError) as caught, out_of_memory_explained(config, ALONE):
+            raise MemoryError
+        assert ("adapter.n_features" in str(caught.value)) == is_named
 
 
 def test_impossible_starts_are_refused(

@@ -247,8 +247,7 @@ class _Work:
     @cached_property
     def adapter(self) -> str:
         """The digest of the run's adapters."""
-        from fastadapt.adapter.files import adapters_of
-        from fastadapt.features.store.store import adapter_digest
+        from fastadapt.adapter.files import adapter_digest, adapters_of
 
         return adapter_digest(adapters_of(self.run))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.data.tokens import check_ids
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out
@@ -35,7 +36,6 @@ from fastadapt.features.collect.texts import (
 from fastadapt.features.collect.topk_buffer import POSITION_BITS
 from fastadapt.features.store.logit_lens import token_strings, write_lens, write_tokens
 from fastadapt.features.store.schema import TEXTS, Kind
-from fastadapt.features.store.store import adapter_digest
 from fastadapt.features.store.units import Neurons, output_rows
 from fastadapt.io.atomic import cannot_write
 from fastadapt.io.names import typed_path

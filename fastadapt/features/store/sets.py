@@ -1,7 +1,7 @@
 """Named sets of an adapter's features: selected, combined, and saved in the store.
 
 A set is one JSON file, ``sets/NAME.json`` in the store: the SHA-256 of the adapter (see
-:func:`fastadapt.features.store.store.adapter_digest`), its shape, the expression that gives the
+:func:`fastadapt.adapter.files.adapter_digest`), its shape, the expression that gives the
 set, and the sorted pairs (layer, feature), both counted from 0.
 """
 

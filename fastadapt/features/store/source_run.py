@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.errors import UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.schema import MANIFEST
-from fastadapt.features.store.store import Store, adapter_digest
+from fastadapt.features.store.store import Store
 from fastadapt.io.names import has_file, typed_path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import NotRequired, TypedDict
 
+from fastadapt.adapter.files import adapter_digest
 from fastadapt.errors import RunError, UserError, require
 from fastadapt.features.store.schema import (
     COLLECTED,
@@ -389,14 +389,6 @@ def _adapter_of_run(folder: Path) -> str | None:
     return adapter_digest(adapters) if has_file(adapters / "fastadapt.json") else None
 
 
-def adapter_digest(folder: Path) -> str:
-    """Return the SHA-256 of a folder of adapters, over the layers' files in order."""
-    sha256 = hashlib.sha256()
-    for path in sorted(folder.glob("layer_*.safetensors")):
-        sha256.update(f"{path.name} {digest_of_input(path)}\n".encode())
-    return sha256.hexdigest()
-
-
 def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
     """Write a table with the columns of ``schema``, sorted by its unit and rank if it has them.
 
@@ -439,8 +431,9 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
     Args:
         folder: folder of the store.
         facts: all fields but ``schema_version`` and ``files``: ``run`` (a folder), ``adapter``
-            (see :func:`adapter_digest`), ``pair``, ``data`` (source, digest, texts, tokens;
-            conversations read, too_long, with_markers, bad_rows), ``domains``, ``settings``,
+            (see :func:`fastadapt.adapter.files.adapter_digest`), ``pair``, ``data`` (source,
+            digest, texts, tokens; conversations read, too_long, with_markers, bad_rows),
+            ``domains``, ``settings``,
             ``units`` (by kind: n_layers, n_features), ``lens`` (its settings), ``edges``,
             ``versions``.
         files: files in the folder that collecting has written.

@@ -333,7 +333,8 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
         tried[f"objective.kl_chunk_tokens {chunk // 4}"] = smaller
     if n == 1:
         tried["pair.offload true"] = _with(config, "pair", offload=True)
-    if fewer := config.n_features // 2:
+    fewer = config.n_features // 2
+    if fewer and config.run.init_from is None:
         tried[f"adapter.n_features {fewer}"] = _with(config, "adapter", n_features=fewer)
     peaks = {name: peak(changed) for name, changed in tried.items()}
     peaks[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
