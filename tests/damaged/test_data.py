@@ -71,6 +71,8 @@ def test_rows_to_train_on_and_to_answer(rows: Path, tokenizer: Any) -> None:
     def valid(damage: Damage, n: int) -> bool:
         if damage.name == "empty":  # a blank line is no row
             return n == 1
+        if damage.name == "conversations.0 removed":  # an answer to an empty prompt
+            return n == 2
         return damage.name.startswith("bit flip") or as_text(damage)
 
     sweep(rows, cases, read, valid, ("rows.jsonl, line 2",))

@@ -46,7 +46,7 @@ def synthetic(_: Any, __: Any, tokens: int, ___: str, policy: str) -> list[Measu
             return LayerBytes(saved, 0, saved + tokens, again)
 
         layers = {"first": layer(1), "before": layer(1), "fork": layer(3), "behind": layer(3)}
-        return MeasuredStep(0, 0, 0, (0, 0, 0, 0), 0, 10 * tokens, tokens, layers, "behind")  # type: ignore[arg-type]
+        return MeasuredStep(0, 0, 0, (0, 0, 0, 0), 0, 0, 10 * tokens, tokens, layers, "behind")  # type: ignore[arg-type]
 
     return [step(3), step(0)]
 

@@ -198,8 +198,9 @@ class Store:
         """Return the numbers of layers, and of units per layer, of a kind."""
         if kind not in self.manifest["units"]:
             raise UserError(
-                f"{self.folder} holds no features or neurons of kind {kind}, only of "
-                f"{', '.join(self.kinds)}; collect them (fastadapt features collect --kinds)"
+                f"{self.folder} has no features or neurons of kind {kind}, only of "
+                f"{', '.join(self.kinds) or 'none'} ({MANIFEST}: units); collect them (fastadapt "
+                "features collect --kinds)"
             )
         units = self.manifest["units"][kind]
         return int(units["n_layers"]), int(units["n_features"])

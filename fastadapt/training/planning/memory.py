@@ -86,7 +86,8 @@ class LayerBytes(NamedTuple):
         saved: what the layer's forward pass leaves for the backward pass.
         codes: part of ``saved``.
         forward: the most alive in the forward pass, beyond what earlier layers saved.
-        backward: the most alive in the backward pass, beyond what this and earlier layers saved.
+        backward: the most alive in the backward pass, beyond what this and earlier layers saved and
+            the counts of features of later layers.
     """
 
     saved: int
@@ -104,6 +105,7 @@ class MeasuredStep(NamedTuple):
         mlp: bytes of a block's base MLP.
         trained: trained weights of each layer, in elements.
         logits: workspace of the head.
+        counts: counts of a layer's features, alive until the step ends.
         head: the most alive in the head, beyond what the layers saved.
         behind_head: bytes alive after the head, beyond what the layers saved.
         layers: the layers by role.
@@ -115,6 +117,7 @@ class MeasuredStep(NamedTuple):
     mlp: int
     trained: tuple[int, ...]
     logits: int
+    counts: int
     head: int
     behind_head: int
     layers: dict[Role, LayerBytes]
@@ -227,7 +230,8 @@ def sum_layers(layers: Sequence[LayerBytes], head: MeasuredStep, fixed: FixedMem
         forward = max(forward, alive + layer.forward)
         alive += layer.saved
         gradients = fixed.earlier or (len(layers) - i) * fixed.gradient
-        backward = max(backward, alive + layer.backward + gradients)
+        counts = (len(layers) - 1 - i) * head.counts
+        backward = max(backward, alive + layer.backward + gradients + counts)
     weights = sum(fixed.weights.values())
     return StepBytes(
         forward=weights + fixed.earlier + forward,
@@ -391,13 +395,14 @@ def _measure(
         live.bounds[_LAYERS],
         live.bounds[:_LAYERS:-1],
     )
+    counts = 8 * model.n_features
     before = [(weights, 0), *((alive, codes) for _, alive, codes in forward)]
     layers = [
         LayerBytes(
             saved=_in_blocks(before[i + 1][0] - before[i][0]),
             codes=before[i + 1][1] - before[i][1],
             forward=forward[i][0] - before[i][0],
-            backward=backward[i][0] - before[i + 1][0],
+            backward=backward[i][0] - before[i + 1][0] - (_LAYERS - 1 - i) * counts,
         )
         for i in range(_LAYERS)
     ]
@@ -410,6 +415,7 @@ def _measure(
         mlp=mlp,
         trained=trained,
         logits=live.workspace[_ops.linear_kl.default],
+        counts=counts,
         head=head - before[-1][0],
         behind_head=alive - before[-1][0],
         layers=dict(zip(of_layers, layers, strict=True)),

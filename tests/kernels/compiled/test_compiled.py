@@ -43,6 +43,7 @@ OCCUPANCY = "the assembler spills a few values for more threads"
 OLDER_TRITON = "one value, in a kernel of two programs a call"
 #: Allowed bytes of a thread's stack by kernel, target and condition; 0 for other kernels.
 MAY_SPILL = {
+    ("scan", "sm_80", "Triton 3.6"): (8, OLDER_TRITON),
     ("scan", "sm_90", "Triton 3.6"): (8, OLDER_TRITON),
     ("mark", "sm_80", "odd F"): (8, OCCUPANCY),
     ("sum_by_token", "sm_80", "odd F"): (24, OCCUPANCY),
