@@ -112,6 +112,14 @@ def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, pol
         assert live <= planned <= 1.1 * live + logits
 
 
+def test_counts_of_features_of_later_layers_are_planned() -> None:
+    """They live until the step ends, while what their layers saved is freed."""
+    config = run_config("full", attention="eager")
+    memory = step_memory(config, QWEN, 2000, "cuda")
+    _, backward = measure(config, QWEN, memory.parts, 2000, False)
+    assert backward <= peaks(memory)[1] <= backward + 8192 * 8  # of one layer
+
+
 @pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize(
     "bridge", [0.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["output", "bridged"]
