@@ -227,10 +227,10 @@ class Change(TypedDict):
 
 
 class Origin(TypedDict):
-    """The run that the adapters of a run began as, and the digest of its adapters."""
+    """The run that the adapters of a run began as, and the digest of its adapters, if known."""
 
     run: Name
-    adapter: Name
+    adapter: NotRequired[Name]
 
 
 class Metadata(TypedDict, total=False):

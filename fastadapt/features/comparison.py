@@ -32,7 +32,7 @@ from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.rendering import write_png
 from fastadapt.reporting.tables import Table, as_markdown
-from fastadapt.reporting.visible import token_text
+from fastadapt.reporting.visible import token_text, visible
 
 #: A row per feature that is active in either run.
 COMPARISON = pa.schema(
@@ -219,9 +219,14 @@ def layers_table(compared: FeatureComparison) -> Table:
 
 def _names(compared: FeatureComparison) -> dict[str, str]:
     """Return the run of either side, and the digest of its adapters, for tables and files."""
-    sides = {"before": compared.run.manifest, "after": compared.other.manifest}
+    sides = {"before": compared.run, "after": compared.other}
+    folders = {
+        role: store.folder.parent if store.folder.name == "features" else store.folder
+        for role, store in sides.items()
+    }
     return {
-        role: f"{manifest['run']} ({manifest['adapter'][:12]})" for role, manifest in sides.items()
+        role: f"{visible(str(folders[role]))} ({visible(store.manifest['adapter'][:12])})"
+        for role, store in sides.items()
     }
 
 

@@ -67,7 +67,8 @@ def _pair(metadata: Mapping[str, Any]) -> Table:
 
 
 def _origin(init_from: Mapping[str, str]) -> str:
-    return f"the adapters of {init_from['run']} (SHA-256 {init_from['adapter'][:12]})"
+    digest = f" (SHA-256 {init_from['adapter'][:12]})" if "adapter" in init_from else ""
+    return f"the adapters of {init_from['run']}{digest}"
 
 
 def _training(run: SharedRun) -> Table:

@@ -190,12 +190,6 @@ class TrainConfig:
                 f"objective.l0: expected null, since run.trains {trains!r} has no features, "
                 f"got {l0}"
             )
-        if self.run.init_from is not None:
-            raise UserError(
-                "objective.l0: expected null with run.init_from, since the steering lets L0 start "
-                f"at many times its target, as in new adapters, got {l0}; give the last λ of the "
-                "other run as objective.sparsity (sparsity_weight in its summary.json)"
-            )
         if not self.objective.sparsity:
             raise UserError(
                 f"objective.l0: expected null with objective.sparsity 0, got {l0}; give the λ to "
@@ -205,6 +199,13 @@ class TrainConfig:
             raise UserError(
                 f"objective.l0: expected null with adapter.activation {adapter.activation}, whose "
                 f"L0 is adapter.k, {adapter.k:g}, got {l0}; give one of the two"
+            )
+        if self.run.init_from is not None:
+            raise UserError(
+                "objective.l0: expected null with run.init_from, since the steering lets L0 start "
+                f"at many times its target, as in new adapters, got {l0}; give the last λ of the "
+                "other run as objective.sparsity (sparsity_weight in its summary.json, or "
+                "objective.sparsity in its config.yaml)"
             )
         if l0 >= adapter.features:
             raise UserError(

@@ -52,7 +52,10 @@ def write(
     record = next(
         r for r in reversed(records) if r["kind"] == "eval" and r["step"] == counts["steps"]
     )
-    init_from = next((r.get("init_from") for r in records if r["kind"] == "start"), None)
+    origins = (r["init_from"] for r in records if r["kind"] == "start" and "init_from" in r)
+    init_from = next(origins, None)
+    if init_from is None and config.run.init_from is not None:
+        init_from = {"run": config.run.init_from}  # the digest went with the log
     summary = {
         **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
         "interrupted": False,

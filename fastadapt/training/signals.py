@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -87,8 +88,10 @@ def _is_refusal(error: Exception) -> bool:
 def _memory_message(config: TrainConfig, reason: str, ranks: Ranks) -> str:
     from fastadapt.training.planning.estimate import gb, plan
 
+    # A resumed run no longer needs the run that it began as.
+    alone = dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=None))
     try:
-        planned = plan(config, gpus=ranks.world, timed=False)  # no memory is left to time products
+        planned = plan(alone, gpus=ranks.world, timed=False)  # no memory is left to time products
         each = f" of each of {ranks.world} devices" if ranks.world > 1 else ""
         need = f"The planned peak{each} is {gb(planned.peak_bytes)}: {planned.largest(4)}."
     except UserError as error:

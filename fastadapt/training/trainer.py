@@ -102,10 +102,7 @@ def train(
         config, reason = _with_family(config, folder, ranks, resume=resume)
         check_sources(config.data)  # before minutes of reading weights
         start = config.run.init_from if checkpoint is None else None
-        origin = None
-        if start is not None:
-            ranks.on_main(lambda: read_initial(start, config.adapter))
-            origin = {"run": start, "adapter": adapter_digest(adapters_of(start))}
+        origin = None if start is None else ranks.on_main(lambda: _origin(start, config))
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device, init_from=start)
         _check_same_data(data, ranks)
@@ -149,6 +146,12 @@ def _with_family(
     family, reason = ranks.on_main(find)
     data = dataclasses.replace(config.data, family=family)
     return dataclasses.replace(config, data=data), reason
+
+
+def _origin(start: str, config: TrainConfig) -> Record:
+    """Check that the run can begin as the adapters of ``start``; return what its record says."""
+    read_initial(start, config.adapter)
+    return {"run": start, "adapter": adapter_digest(adapters_of(start))}
 
 
 @contextmanager

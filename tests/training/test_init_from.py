@@ -201,6 +201,25 @@ def test_advice_on_memory_leaves_the_features_as_they_are(
         with pytest.raises(RunError) as caught, out_of_memory_explained(config, ALONE):
             raise MemoryError
         assert ("adapter.n_features" in str(caught.value)) == is_named
+    shutil.rmtree(tmp_path / "first")
+    with (
+        pytest.raises(RunError, match="The planned peak is"),
+        out_of_memory_explained(config, ALONE),
+    ):
+        raise MemoryError
+
+
+def test_a_run_whose_log_was_lost_still_names_its_start(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(into(tiny_config(), tmp_path / "first"))
+    config = into(tiny_config(**{"run.init_from": str(tmp_path / "first")}), tmp_path / "run")
+    stop = Event()
+    train(config, stop=stop, sinks=[stop_after(stop, 6)])
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(config, resume=True)
+    _, metadata = load_adapters(tmp_path / "run" / "adapter")
+    assert metadata["init_from"] == {"run": str(tmp_path / "first")}
 
 
 def test_impossible_starts_are_refused(
