@@ -63,7 +63,10 @@ class NaiveStep:
         pair.base_mlps.requires_grad_(False)
         if checkpoint:  # transformers recomputes in training mode only
             self.target.train()
-            self.target.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = "activation_checkpointing_enable"  # from transformers 5.24 on
+            if not hasattr(self.target, enable):
+                enable = "gradient_checkpointing_enable"
+            getattr(self.target, enable)({"use_reentrant": False})
         self.decoder = getattr(self.target, self.paths.decoder)
         self.originals: list[Any] = list(getattr(self.decoder, self.paths.layers))
         self.adapted: list[Any] = [

@@ -27,6 +27,7 @@ Implementation = Literal["auto", "off", "triton", "reference"]
 
 #: transformers' names of activations that :func:`fastadapt.kernels.frozen.gated` computes.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_DEPRECATION = "transformers.utils.deprecation"
 _ROTARY = "apply_rotary_pos_emb"  # the function's name in every model of transformers
 
 
@@ -146,6 +147,9 @@ class FusedBlocks:
         if kind in self._attention:
             return self._attention[kind]
         plain: Any = kind.forward
+        # transformers 5.24 renames an argument in a wrapper, for callers of earlier versions alone.
+        while getattr(plain, "__globals__", {}).get("__name__") == _DEPRECATION:
+            plain = plain.__wrapped__
         if not isinstance(plain, FunctionType) or _ROTARY not in plain.__code__.co_names:
             self._attention[kind] = None
             return None

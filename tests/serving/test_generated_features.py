@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from inspect import signature, unwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    Qwen2Model,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -35,6 +37,10 @@ PROMPTS = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
 IDS = torch.tensor([[PAD] * (5 - len(p)) + p for p in PROMPTS])
 MASK = (IDS != PAD).long()
 BATCH: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK}
+#: What transformers calls the cache: ``cache`` from 5.24 on.
+CACHE = (
+    "cache" if "cache" in signature(unwrap(Qwen2Model.forward)).parameters else "past_key_values"
+)
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 7,
     "do_sample": False,
@@ -146,7 +152,7 @@ def test_the_features_are_those_of_the_whole_text(
 
     def generate(**more: Any) -> Any:
         torch.manual_seed(1)
-        cache = {"past_key_values": DynamicCache()} if case == "an empty cache" else {}
+        cache = {CACHE: DynamicCache()} if case == "an empty cache" else {}
         return model.generate(**BATCH, **SETTINGS[case], **cache, **more)
 
     plain, out = generate(), generate(output_features=True)
@@ -315,7 +321,7 @@ def filled() -> DynamicCache:
         ({"cache_implementation": "paged"}, "got the paged cache;"),
         ({"guidance_scale": 1.5}, "got a guidance_scale, which reads other texts, too;"),
         ({"custom_generate": print}, "got custom_generate;"),
-        ({"past_key_values": filled()}, "got past_key_values that hold tokens already;"),
+        ({CACHE: filled()}, f"got {CACHE} that hold tokens already;"),
         ({"return_dict_in_generate": False}, "pass return_dict_in_generate=True, or omit it"),
         ({"input_ids": None}, r"expected input_ids \[B, T\] as the prompts"),
         ({"inputs_embeds": torch.zeros(3, 5, 16)}, r"expected input_ids \[B, T\] as the prompts"),

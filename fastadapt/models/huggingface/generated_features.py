@@ -138,15 +138,15 @@ def generate_with_features(
 def _check(mlps: Sequence[AdaptedMLP], settings: Any, arguments: dict[str, Any]) -> None:
     """Raise ``UserError`` where calls of the model do not read the returned tokens one by one."""
     mode = str(settings.get_generation_mode(arguments.get("assistant_model")).value)
-    cache = arguments.get("past_key_values")
+    name = "cache" if "cache" in arguments else "past_key_values"  # from transformers 5.24 on
+    cache = arguments.get(name)
     refused = {
         f"got {mode.replace('_', ' ')}": mode not in MODES,
         "got custom_generate": arguments.get("custom_generate") is not None,
         "got the paged cache": settings.cache_implementation == "paged",
         "got a guidance_scale, which reads other texts, too": settings.guidance_scale
         not in (None, 1),
-        "got past_key_values that hold tokens already": cache is not None
-        and cache.get_seq_length() > 0,
+        f"got {name} that hold tokens already": cache is not None and cache.get_seq_length() > 0,
     }
     for got, is_refused in refused.items():
         if is_refused:
