@@ -6,6 +6,7 @@ FASTADAPT_IR is set (see :mod:`executed`).
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ import torch
 
 RECORD = executed.start() if executed.STAGE else None
 HERE = Path(__file__).parent
+PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave interpreted kernels to `make proof` where `make test` executes compiled ones."""
+    """Do not interpret kernels where the same tests execute them compiled."""
     if RECORD is not None or torch.cuda.is_available() or find_spec("ttsem") is None:
         return
     for item in items:
         if item.path.is_relative_to(HERE) and "triton" in item.nodeid:
             item.add_marker(pytest.mark.slow)
+            if PROOF and not item.path.is_relative_to(HERE / "compiled"):
+                item.add_marker(pytest.mark.skip("`make prove-kernels` executes it compiled"))
 
 
 @pytest.fixture(scope="session")
