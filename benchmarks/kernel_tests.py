@@ -1,6 +1,6 @@
 """Run the kernels' tests on the device, in a separate process.
 
-The tests of training that need a GPU (no step synchronises) run too.
+Also run the training test that needs a GPU: no step waits for the device.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def check(
     tolerance: float,
     naive_config: ObjectiveConfig | None = None,
 ) -> None:
-    """Compare all losses and gradients with the naive ones, by default of the same settings."""
+    """Compare losses and gradients with a naive implementation's, by default of equal settings."""
     weights = naive_config or config
     adapted = [
         NaiveMLP(base, adapter, weights.penalty_scale)

@@ -75,7 +75,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d{1,5}(?![A-Za-z0-9])")
 def find_hook(name: str, vocabulary: Vocabulary) -> tuple[Hook, int]:
     """Return the place and the layer of a name; the layer is 0 if the name has no number.
 
-    A place that is not in :data:`PLACES` has a name in this vocabulary alone.
+    Of a place that is not in :data:`PLACES`, only the name in the given vocabulary is returned.
 
     Example:
         >>> hook, layer = find_hook("blocks.7.mlp.hook_in", "transformer_lens")

@@ -232,7 +232,7 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str 
         below = values.setdefault(component, {})
         for keys in (fields, below):
             if not isinstance(keys, dict):
-                raise UserError(f"{source}{component}: expected keys with values, got {keys!r}")
+                raise UserError(f"{source}{component}: expected a mapping, got {keys!r}")
         below.update(fields)
 
 

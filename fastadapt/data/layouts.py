@@ -191,15 +191,15 @@ def _recognised(examples: Mapping[str, Any], where: str) -> Layout:
     listed = ", ".join(map(repr, examples)) or "none"
     if not candidates:
         raise UserError(
-            f"{where}: no column 'conversations', 'messages', 'text' or 'input_ids', and no prompt "
-            f"with a response; the columns are {listed}. Name the column, or prompt,response, with "
-            "data.columns (other commands: --columns)"
+            f"{where}: no column 'conversations', 'messages', 'text' or 'input_ids', and no pair "
+            f"of a prompt and a response; the columns are {listed}. Set data.columns (or "
+            "--columns) to a column's name, or to two: prompt,response"
         )
     choices = " or ".join(",".join(layout.columns) for layout in candidates)
     shown = "; ".join(str(replace(layout, names=tuple(examples))) for layout in candidates)
     raise UserError(
         f"{where}: several columns may hold the data ({shown}); set "
-        f"data.columns (other commands: --columns) to {choices}"
+        f"data.columns (or --columns) to {choices}"
     )
 
 

@@ -158,7 +158,7 @@ class ModelSet:
 
     @cached_property
     def model(self) -> ReplacementModel:
-        """The pair, loaded on first access. :meth:`replacement` sets its adapters."""
+        """Base and target, loaded on first access. :meth:`replacement` sets the adapters."""
         pair = ModelPair.load(self.config, target_mlps=self._target_mlps)
         models = {"target": pair.config.target, "base": pair.config.base}
         for run, metadata in self._recorded.items():

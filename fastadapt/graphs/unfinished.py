@@ -42,7 +42,7 @@ class Batches:
 
     Args:
         ledger: holds the batches of an earlier call; None: there are none.
-        stop: set it to end the graph before its next batch.
+        stop: event that ends the computation before its next batch.
         create: returns the ledger that stores the batches, and is called after the first one is
             computed; None: they are stored in ``ledger``, if at all.
 
@@ -65,7 +65,7 @@ class Batches:
         """Return the tensors of the next batch from the ledger, or compute and store them.
 
         Raises:
-            RunError: the ledger is damaged or cannot be written.
+            RunError: the file of stored batches is damaged or cannot be written.
             Stopped: the batch is not stored, and ``stop`` is set.
         """
         number, self._number = self._number, self._number + 1
@@ -82,7 +82,7 @@ class Batches:
         return tensors
 
     def misfit(self) -> RunError:
-        """Return the error for stored batches that do not fit what was computed from the text."""
+        """Return the error for stored batches that contradict what was computed from the text."""
         where = "" if self._ledger is None else f"{self._ledger.path}: "
         return RunError(
             f"{where}the stored rows are not those of this computation, as with another number of "
@@ -102,12 +102,13 @@ def unfinished(
         graph: the graph's file, to be written inside the context.
         facts: everything that the numbers depend on, by name; values are written as JSON.
         overwrite: remove the batches of an earlier call as soon as this call's first is computed,
-            so that an impossible question loses nothing.
-        stop: set it to end the graph before its next batch.
+            so that a call that fails before loses nothing.
+        stop: event that ends the computation before its next batch.
 
     Raises:
-        UserError: the stored batches are of other facts, or another process computes this graph.
-        RunError: the ledger is damaged or cannot be written.
+        UserError: the stored batches were computed from other facts, or another process computes
+            this graph.
+        RunError: the file of stored batches is damaged or cannot be written.
     """
     folder = graph.with_suffix(".unfinished")
     space = Workspace(

@@ -239,7 +239,7 @@ def refuse_pickles(path: Path) -> None:
         )
         raise UserError(
             f"{file} is a pickle, which can run code when it is read, and is not read here. "
-            f"Convert it, then run this command again: python -c {shlex.quote(code)}"
+            f"Convert it with this line, then repeat the command: python -c {shlex.quote(code)}"
         )
 
 

@@ -99,8 +99,8 @@ def check_writable(coders: CoderSet) -> None:
         )
     if isinstance(coder, SAE) and not coder.subtract_b_dec:
         raise UserError(
-            "sparsify subtracts b_dec from the input of an SAE, and this SAE reads its input "
-            "itself (subtract_b_dec is false); export to the format saelens"
+            "sparsify always subtracts b_dec from the input of an SAE, and this SAE does not "
+            "(subtract_b_dec is false); export to the format saelens"
         )
 
 

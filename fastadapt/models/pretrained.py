@@ -505,7 +505,7 @@ def load_causal_lm(
         if keys := sorted(map(str, set(info.get(key, ())) - set(besides))):
             raise UserError(f"{role} {source}: {len(keys)} {key.replace('_', ' ')}: {keys[:3]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"{role} {source}: a head with a bias is not supported")
+        raise UserError(f"{role} {source}: an output head (lm_head) with a bias is not supported")
     if dtype == torch.float64 and attention == "eager":
         _bound_masks(model)
     return model.eval()

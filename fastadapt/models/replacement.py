@@ -104,7 +104,8 @@ class ReplacementModel(nn.Module):
         Args:
             pair: the two models.
             config: settings of transcoders or of low-rank updates, or another baseline (``mlp``,
-                ``norms`` or ``bias``), whose new weights are copies of the hybrid's.
+                ``norms`` or ``bias``), which starts as a copy of the weights in the hybrid
+                (the target with the base's MLPs).
             seed: determines ``W_enc``, or the factors ``A`` of low-rank updates.
             dtype: dtype of transcoders; None is the pair's.
             runs_on: device that the model will run on; None is the pair's.

@@ -64,8 +64,8 @@ def read_adapters(
     kind = card["kind"]
     if kind in CODERS:
         raise UserError(
-            f"{card_file}: expected adapters or weights of a baseline, got {kind}s, which "
-            "fastadapt.load_adapters and fastadapt export read"
+            f"{card_file}: expected adapters or weights of a baseline, got {kind}s; "
+            "fastadapt.load_adapters and fastadapt export read those"
         )
     if kind not in KINDS:
         raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")

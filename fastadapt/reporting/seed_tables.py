@@ -15,7 +15,10 @@ _HOW = (
 
 
 def seed_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of groups in ``result``, the contents of ``eval.json``."""
+    """Return a table for each group of runs that differ in their seed alone.
+
+    Args:
+        result: contents of ``eval.json``."""
     described = {model["name"]: model["what"] for model in result["students"]}
     tables = []
     if (outputs := result.get("seeds")) and outputs["groups"]:

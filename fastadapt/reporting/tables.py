@@ -1,7 +1,7 @@
 """The tables of an evaluation, as Markdown and LaTeX.
 
-Estimates are shown with their intervals. ``students`` in ``eval.json`` are the compared models of
-:mod:`fastadapt.evaluation.models_under_test`.
+Estimates are shown with their intervals. The key ``students`` of ``eval.json`` lists the evaluated
+models (:mod:`fastadapt.evaluation.models_under_test`).
 """
 
 from __future__ import annotations

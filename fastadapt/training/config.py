@@ -268,7 +268,7 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
     """
     if not isinstance(values, Mapping):
         raise UserError(
-            f"{prefix.rstrip('.') or 'configuration'}: expected keys with values, got {values!r}"
+            f"{prefix.rstrip('.') or 'configuration'}: expected a mapping, got {values!r}"
         )
     if kind is TrainConfig:
         values = move_old_keys(values)

@@ -141,9 +141,8 @@ class SparsityWeight:
 def _shares(optimizer: OptimizerConfig, steps: int) -> tuple[list[float], list[float]]:
     """Return each step's share of the summed learning rates, and the sum of those before it.
 
-    One more step, of share 0, stands for the end of the run. Sums are limited to 1:
-    rounding takes the last ones above it for some numbers of steps, and :func:`path` would be
-    complex there.
+    One more step, of share 0, stands for the end of the run. Sums are at most 1: rounding may
+    exceed it at the last steps, where :func:`path` would take a root of a negative number.
     """
     rates = [learning_rate(step, steps, optimizer) for step in range(steps)]
     total = math.fsum(rates)

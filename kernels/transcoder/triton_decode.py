@@ -33,7 +33,7 @@ def decode_flagged(
     residual_stride, HAS_RESIDUAL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``residual_t + bias + Σ_f value_tf table[f]`` over the flagged features f."""
+    """Write ``residual_t + bias + Σ_f value_tf table[f]`` over the features f with a set bit."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E

@@ -438,9 +438,9 @@ def feature_sums(
     """Return each feature's ``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``.
 
     Args:
-        penalty: (c, norm_F, W_FE, tanh_scale) adds ``c scalar_i W_i / ‖W_i‖`` to the first sum, 0
-            at a zero row; ``scalar_i`` is the second sum, whose terms a scale multiplies by
-            ``φ'(scale_c ‖W_i‖)``.
+        penalty: (factor, norm_F, W_FE, tanh_scale) adds ``factor scalar_i W_i / ‖W_i‖`` to the
+            first sum, 0 at a zero row; ``scalar_i`` is the second sum. A tanh_scale
+            multiplies each of its terms by the tanh penalty's slope at ``scale_c ‖W_i‖``.
 
     Returns:
         [F, E] and [F], in the table's dtype.

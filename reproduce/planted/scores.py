@@ -151,7 +151,7 @@ def _recall(seeds: Sequence[Seed], hits: Mapping[int, Tensor]) -> dict[str, Any]
 
 
 def _descriptions(seeds: Sequence[Seed], method: str) -> dict[str, Any]:
-    """Return the numbers of the first units that describe a difference: rightly, and falsely."""
+    """Return how many of the first INSPECTED units describe a planted difference, or another."""
     nulls = [seed.false[method] for seed in seeds if seed.null is not None]
     values = {
         "right": [seed.precise(method) for seed in seeds],

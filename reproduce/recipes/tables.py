@@ -38,7 +38,7 @@ Intervals are of 95% over seeds and held-out texts, both paired with the baselin
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of a result."""
+    """Return the tables of each pair: changes against ReLU + L1, features, and all points."""
     written: list[Table] = []
     for pair in result["pairs"].values():
         if pair["recipes"]:

@@ -60,7 +60,7 @@ CASES = [
     (
         "an overlay that is no mapping",
         lambda d: d.train(d.over("objective: 3\n")),
-        r"over\.yaml: objective: expected keys with values, got 3",
+        r"over\.yaml: objective: expected a mapping, got 3",
     ),
     (
         "unknown key of an overlay",
@@ -132,7 +132,7 @@ CASES = [
     (
         "part is no mapping",
         lambda d: d.yaml(lambda v: v.update(adapter=3)),
-        r"adapter: expected keys with values, got 3",
+        r"adapter: expected a mapping, got 3",
     ),
     (
         "type in the file",

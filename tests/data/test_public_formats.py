@@ -399,7 +399,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two plausible columns": (
         {"text": "one two", **GOOD},
         r"several columns may hold the data \(conversation in 'messages'; text in 'text'\); set "
-        r"data\.columns \(other commands: --columns\) to messages or text",
+        r"data\.columns \(or --columns\) to messages or text",
     ),
     "alternative answers": (
         {"question": "what", "answer": ["three", "two"]},
@@ -419,9 +419,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two responses": (
         {"prompt": "what", "response": "one", "completion": "two"},
-        r"set data\.columns \(other commands: --columns\) to prompt,response or prompt,completion",
+        r"set data\.columns \(or --columns\) to prompt,response or prompt,completion",
     ),
-    "no column": ({"rating": 3, "title": "what"}, r"the columns are 'rating', 'title'\. Name"),
+    "no column": ({"rating": 3, "title": "what"}, r"the columns are 'rating', 'title'\. Set"),
     "no response": (messages(("user", "what")), r"line 1: messages: expected a turn of the assist"),
     "an empty response": (
         messages(("user", "what"), ("assistant", "")),

@@ -259,7 +259,7 @@ def test_an_opening_whose_beginning_is_unknown_is_refused() -> None:
         (LATEST_ONLY, "does not copy every turn unchanged"),
         (
             "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
-            "renders the first 2 turns differently alone than in the whole conversation",
+            "renders the first 2 turns differently alone than within the whole conversation",
         ),
         (
             "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}"

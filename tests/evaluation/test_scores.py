@@ -137,7 +137,7 @@ def test_each_word_has_a_rate_beside_what_is_counted() -> None:
 
 
 def test_the_floor_of_the_gain_is_the_base_with_examples_at_temperature_0() -> None:
-    """If the base was asked so; then its zero-shot answers change nothing."""
+    """If the base was sampled with examples at temperature 0, answers without do not count."""
     target, few, run = drawn(0.8, 300, 2), drawn(0.4, 300, 3), drawn(0.6, 300, 4)
     results = {
         name: {mode: {"a": answered(rights)} for mode, rights in modes.items()}

@@ -1,4 +1,4 @@
-"""Jaccard indices of strongest features, against counts by hand; intervals over texts."""
+"""Jaccard indices of sets of strongest features equal counts by hand; intervals are over texts."""
 
 from __future__ import annotations
 

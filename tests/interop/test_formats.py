@@ -161,7 +161,7 @@ def test_exports_of_other_kinds_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_coders_go_from_format_to_format(tmp_path: Path) -> None:
-    """A ReLU transcoder goes through all four, and computes the same to the bit."""
+    """A ReLU transcoder converted to all four formats in turn has bitwise equal outputs."""
     coders = make_set("transcoder", square=True)
     save_coders(coders, tmp_path / "0")
     for i, name in enumerate(FORMATS):

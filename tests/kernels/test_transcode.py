@@ -347,7 +347,7 @@ def test_autocast_is_a_cast_of_the_inputs(implementation: str) -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_flops_on_the_meta_device(dense: bool) -> None:
-    """The number of codes, hence of rows that are summed, is not known on the meta device."""
+    """Sums over codes count nothing: how many codes there are is not known on the meta device."""
     T, D, E, F = 64, 3_584, 3_000, 8_192
     with torch.device("meta"):
         tensors = [torch.empty(s) for s in ((T, D), (F, D), (F,), (F, E), (E,))]

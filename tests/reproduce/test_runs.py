@@ -24,7 +24,7 @@ def runs() -> dict[str, list[str]]:
 
 
 def finished(folder: Path, l0s: dict[str, float]) -> None:
-    """Write what ``matching`` reads of finished runs."""
+    """Write the files of finished runs that ``matching`` reads."""
     for name, l0 in l0s.items():
         config = parse_train(["organism", *runs()[name]])[0]
         metadata = {

@@ -97,7 +97,7 @@ def test_missing_and_mistyped_sections(tiny_config: Callable[..., TrainConfig]) 
     del values["pair"]["target"]
     with pytest.raises(UserError, match=r"pair\.target is missing"):
         from_dict(values)
-    with pytest.raises(UserError, match="optimizer: expected keys with values, got 3"):
+    with pytest.raises(UserError, match="optimizer: expected a mapping, got 3"):
         from_dict({**to_dict(tiny_config()), "optimizer": 3})
 
 
@@ -127,7 +127,7 @@ def test_unreadable_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.yaml is not valid YAML"):
         load_config(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(UserError, match=r"configuration: expected keys with values, got \[1\]"):
+    with pytest.raises(UserError, match=r"configuration: expected a mapping, got \[1\]"):
         load_config(tmp_path / "list.yaml")
 
 

@@ -210,9 +210,10 @@ class Template:
                 and len(until) >= said + len(turn.text)
             ):
                 raise UserError(
-                    f"the chat template renders the first {i + 1} turns differently alone than in "
-                    "the whole conversation, so the assistant's part is unknown; set data.family "
-                    "to a known chat format instead, or to a template with {% generation %} blocks"
+                    f"the chat template renders the first {i + 1} turns differently alone than "
+                    "within the whole conversation, so it is unknown which tokens are the "
+                    "assistant's; set data.family to a known chat format instead, or to a template "
+                    "with {% generation %} blocks"
                 )
             spans.append((len(begin), len(until)))
         return spans

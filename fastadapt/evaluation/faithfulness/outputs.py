@@ -238,7 +238,7 @@ def _stored(values: Tensor) -> Tensor:
 
 
 def _errors(state: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Return NMSE after one block, ``[B, 2]`` each: per text, and per token as a mean.
+    """Return two tensors ``[B, 2]``: NMSE after a block over a text, and its tokens' mean NMSE.
 
     Index 0 of dimension 1 is over all real tokens, index 1 over all but the first.
     """

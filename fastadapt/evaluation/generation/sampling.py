@@ -212,7 +212,7 @@ def check_requests(requests: Sequence[Request], context: int, vocabulary: int) -
         if request.key in seen:
             raise UserError(
                 f"{name}, repetition {request.repetition}: this request is given twice; give each "
-                "request another id or repetition than the others"
+                "request an id and a repetition that no other has"
             )
         seen.add(request.key)
         if not request.prompt:

@@ -120,8 +120,8 @@ def draw(
             count["judged"] = len({c.unit for c in cases if (c.unit[:2] == (kind, layer))})
     if not cases:
         raise NothingToJudgeError(
-            f"{store.folder}: no unit of kind {', '.join(kinds)} to judge: none is active on at "
-            f"least {config.min_density:g} of the tokens with {config.min_shown + config.scored} "
+            f"{store.folder}: no unit of kind {', '.join(kinds)} can be judged: none is active on "
+            f"{config.min_density:g} or more of the tokens with {config.min_shown + config.scored} "
             "examples or more that do not overlap, and has as many negatives; lower "
             "describe.min_density, describe.min_shown or describe.scored. Not judged: "
             f"{_describe(counts)}"

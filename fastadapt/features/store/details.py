@@ -166,7 +166,7 @@ def _descriptions(
 def first_descriptions(
     store: Store, units: Iterable[tuple[int, int]], kind: Kind = "adapter"
 ) -> dict[tuple[int, int], str]:
-    """Return the description of each unit that has one; of several, that of the first sample.
+    """Return each unit's description; of several, that of the lowest number in ``sample``.
 
     Args:
         store: the store of features.

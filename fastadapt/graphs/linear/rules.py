@@ -44,7 +44,7 @@ Features = Literal["leaves", "linear", "ranks", "linear ranks"]
 
 
 class _Carry(torch.autograd.Function):
-    """Return the bits of ``value`` with the gradient of ``carrier``."""
+    """Return ``value`` unchanged; the gradient goes to ``carrier`` in its place."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
