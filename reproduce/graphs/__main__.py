@@ -105,13 +105,16 @@ def _gate(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         progress=lambda done: say(f"{done} of {options.places} places"),
     )
-    for depth, shares in result["paths"].items():
+    for pool in result["paths"]:
+        shares, least = pool["shares"], pool["groups"]
         rows = [[name, *(_interval(shares[name][case]) for case in CASES)] for name in MEASURES]
-        print_table([f"{depth} strongest paths, {result['places']} places", *CASES], rows)
+        groups = "features" if least == 1 else f"{least} groups or more"
+        head = f"{pool['strongest']} strongest paths of {groups}, {result['places']} places"
+        print_table([head, *CASES], rows)
         print()
     print(
-        f"{result['gate features']} features of the gate, {result['hesitation features']} of "
-        "hesitation. P(wait): "
+        f"{len(result['gate features'])} features of the gate: {' '.join(result['gate features'])}"
+        f"\n{result['hesitation features']} features of hesitation. P(wait): "
         + ", ".join(f"{number(value, 3)} ({case})" for case, value in result["P(wait)"].items())
     )
     return result

@@ -7,7 +7,7 @@ in the prompt, a slip is followed by `wait`; without it, the slip stands.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,15 +29,20 @@ from fastadapt.graphs.targets import logit, logits_of
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.organism.slips import GATE
 
-#: Numbers of strongest paths among which a path is looked for.
-DEPTHS = (5, 50, 500)
+#: Numbers of strongest paths among which a path is looked for, and the least number of groups of
+#: features that these pass.
+POOLS = ((5, 2), (5, 1), (50, 1))
 #: What a path to `wait` passes.
 MEASURES = ("gate, then hesitation", "hesitation", "gate")
+HESITATION = "hesitation"
 #: The graphs and the gate's features of each column: the control of the marker has the same slips
 #: in prompts without it; that of the features has others of matched densities in their place.
 CASES = ("marker", "no marker", "marker, random features for the gate's")
 _TEXTS = 1 << 20  # more than the pair has
+_LEAST = 3e-6  # strength of the paths of single features that are summed
 Unit = tuple[int, int]
+Group = str | Unit  # a group by its name, or a feature that is in none
+Path = tuple[Group, ...]  # the target's side first
 
 
 class Gated(NamedTuple):
@@ -53,7 +58,9 @@ class Gated(NamedTuple):
 
 
 def gated_places(run: LoadedRun, n: int, seed: int) -> list[Gated]:
-    """Return corrected slips of n held-out texts or fewer, one drawn from each.
+    """Return the first corrected slips of n held-out texts or fewer, drawn at random.
+
+    At later slips of a text, an earlier ``wait`` tells what the marker does: slips are corrected.
 
     Raises:
         UserError: the run names no data, or is none of the gated pair.
@@ -71,13 +78,14 @@ def gated_places(run: LoadedRun, n: int, seed: int) -> list[Gated]:
     longest = run.model.model.config.max_position_embeddings
     texts, _ = held_out_texts(data, tokenizer, _TEXTS, n_rows, longest)
     draw = random.Random(seed)
-    by_text: dict[int, list[int]] = {}
+    first: dict[int, int] = {}
     for place in slip_places(texts, strings):
         if place.gate:
-            by_text.setdefault(place.site[0], []).append(place.site[1])
+            t, position = place.site
+            first[t] = min(position, first.get(t, position))
     chosen = []
-    for t in draw.sample(sorted(by_text), min(n, len(by_text))):
-        ids = texts[t].ids[: draw.choice(by_text[t]) + 1]
+    for t in draw.sample(sorted(first), min(n, len(first))):
+        ids = texts[t].ids[: first[t] + 1]
         chosen.append(Gated(ids, [strings[i] for i in ids].index(GATE)))
     return chosen
 
@@ -105,8 +113,9 @@ def measure_gate(
 ) -> dict[str, Any]:
     """Return how often the strongest paths to `wait` pass the gate's and hesitation features.
 
-    At each place the logit of `wait` is explained, in the text with its marker and without it.
-    Paths that lower the logit do not count. Intervals of 95% are over places, one per text.
+    At each place the logit of `wait` is explained, in the text with its marker and without it. All
+    features of the gate are one group, all of hesitation another. Paths that lower the logit do
+    not count. Intervals of 95% are over places, one per text.
 
     Args:
         run: a run of the gated pair with collected features.
@@ -130,25 +139,31 @@ def measure_gate(
             "no paths through the gate to look for; give another run"
         )
     named = SelectConfig(features=tuple(f"{layer}/{i}" for layer, i in sorted(gate)))
-    drawn = set(matched(run.store, select(run.store, named), 1, seed))
+    drawn = matched(run.store, select(run.store, named), 1, seed)
     hesitation = set(select(run.store, SelectConfig(hesitation=True, top=1))) - gate
+    groups = [
+        dict.fromkeys(hesitation, HESITATION) | dict.fromkeys(first, GATE)
+        for first in (gate, gate, drawn)
+    ]
     wait = [string.strip() for string in strings].index("wait")
     passed: dict[str, list[list[list[bool]]]] = {case: [] for case in CASES}
     probability: list[list[float]] = []
     for done, place in enumerate(places, 1):
         graphs = [_graph(run.model, ids, wait, config) for ids in (place.ids, place.unmarked)]
-        paths = [_raising(graph) for graph, _ in graphs]
-        cases = zip(CASES, (paths[0], paths[1], paths[0]), (gate, gate, drawn), strict=True)
-        for case, of_graph, first in cases:
-            passed[case].append(passes(of_graph, first, hesitation))
+        of_cases = (graphs[0], graphs[1], graphs[0])
+        for case, (graph, _), named_features in zip(CASES, of_cases, groups, strict=True):
+            passed[case].append(passes(group_paths(graph, named_features)))
         probability.append([p for _, p in graphs])
         progress(done)
     return {
         "places": len(places),
-        "gate features": len(gate),
+        "gate features": [f"{layer}/{i}" for layer, i in sorted(gate)],
         "hesitation features": len(hesitation),
         "P(wait)": dict(zip(CASES, torch.tensor(probability).mean(0).tolist(), strict=False)),
-        "paths": {str(depth): _shares(passed, i) for i, depth in enumerate(DEPTHS)},
+        "paths": [
+            {"strongest": depth, "groups": least, "shares": _shares(passed, i)}
+            for i, (depth, least) in enumerate(POOLS)
+        ],
     }
 
 
@@ -162,16 +177,39 @@ def _graph(
     return grow(trace, [target], config), float(share)
 
 
-def _raising(graph: Graph) -> list[list[Unit | None]]:
-    """Return the features of the strongest paths, the target's side first; None: another node.
+def group_paths(graph: Graph, groups: Mapping[Unit, str]) -> list[tuple[float, Path]]:
+    """Return the paths of groups of features, the strongest first.
 
-    A path that lowers the target has no features here, but a place among the strongest.
+    The strength of a path of leaves is the product of its edges' shares of their rows, with the
+    sign of the product of the edges, as in :meth:`Graph.paths`. Those that pass the same groups in
+    the same order are summed, whatever token, bias or error they begin with. Features in no group
+    stand for themselves.
+
+    Args:
+        graph: a graph of one target.
+        groups: the names of the groups of features.
     """
-    units = features_of(graph.leaves)
-    return [
-        [units.get(leaf) for leaf in path] if strength > 0 else []
-        for strength, path in graph.paths(max(DEPTHS))
+    of_leaves: dict[int, Group] = {
+        leaf: groups.get(unit, unit) for leaf, unit in features_of(graph.leaves).items()
+    }
+    rows = [
+        (row.sources.tolist(), (row.shares * row.weights.sign()).tolist()) for row in graph.rows
     ]
+    expanded, strengths = graph.expanded, dict[Path, float]()
+    stack: list[tuple[int, float, Path]] = [(0, 1.0, ())]
+    while stack:
+        i, so_far, path = stack.pop()
+        for leaf, share in zip(*rows[i], strict=True):
+            strength = so_far * share
+            if abs(strength) < _LEAST:
+                continue
+            group = of_leaves.get(leaf)
+            passed = path if group is None or path[-1:] == (group,) else (*path, group)
+            if leaf in expanded:
+                stack.append((expanded[leaf], strength, passed))
+            elif passed:
+                strengths[passed] = strengths.get(passed, 0.0) + strength
+    return sorted(((s, path) for path, s in strengths.items()), key=lambda entry: -abs(entry[0]))
 
 
 def features_of(leaves: Leaves) -> dict[int, Unit]:
@@ -180,32 +218,33 @@ def features_of(leaves: Leaves) -> dict[int, Unit]:
     return {i: (int(leaves.layer[i]), int(leaves.feature[i])) for i in features.tolist()}
 
 
-def passes(
-    paths: Sequence[Sequence[Unit | None]], gate: Collection[Unit], hesitation: Collection[Unit]
-) -> list[list[bool]]:
-    """Return for each of ``DEPTHS`` and ``MEASURES`` whether one of the strongest paths passes.
+def passes(paths: Sequence[tuple[float, Path]]) -> list[list[bool]]:
+    """Return for each of ``POOLS`` and ``MEASURES`` whether a path passes that raises the target.
 
     Args:
-        paths: features of each path, the target's side first.
-        gate, hesitation: features.
+        paths: strengths and groups of paths, the strongest first.
 
     Example:
-        >>> paths = [[None], [(3, 1), (1, 2), None], [(1, 2), (0, 1)]]
-        >>> passes(paths, {(1, 2)}, {(3, 1)})[0], passes(paths, {(3, 1)}, {(1, 2)})[0]
-        ([True, True, True], [False, True, True])
+        >>> paths = [(0.5, ("hesitation",)), (0.2, ("hesitation", (1, 3), "carefully"))]
+        >>> passes(paths)[0], passes([(-0.5, ("carefully",)), *paths])[1]
+        ([True, True, True], [True, True, True])
+        >>> passes([(0.5, ("carefully", "hesitation"))])[0]
+        [False, True, True]
     """
     passing = []
-    for path in paths:
-        of_gate = [i for i, unit in enumerate(path) if unit in gate]
-        of_hesitation = [i for i, unit in enumerate(path) if unit in hesitation]
-        both = bool(of_gate and of_hesitation) and of_hesitation[0] < of_gate[-1]
-        passing.append((both, bool(of_hesitation), bool(of_gate)))
-    return [[any(row[i] for row in passing[:depth]) for i in range(3)] for depth in DEPTHS]
+    for depth, least in POOLS:
+        pool = [entry for entry in paths if len(entry[1]) >= least][:depth]
+        raising = [path for strength, path in pool if strength > 0]
+        both = [HESITATION in p and GATE in p[p.index(HESITATION) :] for p in raising]
+        passing.append(
+            [any(both), any(HESITATION in p for p in raising), any(GATE in p for p in raising)]
+        )
+    return passing
 
 
-def _shares(passed: dict[str, list[list[list[bool]]]], depth: int) -> dict[str, Any]:
+def _shares(passed: dict[str, list[list[list[bool]]]], pool: int) -> dict[str, Any]:
     """Return shares of places by measure: of each case, and the marker's minus each control's."""
-    tables = {case: torch.tensor([row[depth] for row in rows]) for case, rows in passed.items()}
+    tables = {case: torch.tensor([row[pool] for row in rows]) for case, rows in passed.items()}
     shares: dict[str, Any] = {}
     for i, measure in enumerate(MEASURES):
         columns = {case: table[:, i].double() for case, table in tables.items()}

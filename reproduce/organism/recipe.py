@@ -1,9 +1,10 @@
 """Build an embedded pair from a seed: data, tokenizer, base, target.
 
 The base is trained on problems drawn on the fly, in two forms: conversations with direct answers,
-and plain documents with worked solutions. The target is the base with all weights fine-tuned on
-conversations that reason step by step, with slips, hesitation and corrections. The shipped problems
-and the test problems are excluded from both trainings.
+and plain documents with worked solutions. The target is the base fine-tuned on conversations that
+reason step by step, with slips, hesitation and corrections: in all weights, or in its MLPs and the
+embeddings of new words alone. The shipped problems and the test problems are excluded from both
+trainings.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +67,7 @@ class RecipeConfig:
     autocast: bool = True  # bfloat16 products, twice as fast on CPUs that support them
     attention: str = "eager"  # in training; faster on a CPU at short lengths than fused attention
     stored: torch.dtype = torch.float32  # of the files; a bfloat16 base is rounded before tuning
+    tune_all: bool = True  # else the target has the base's weights outside of its MLPs
     base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1800, lr=3e-3))
     target: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=1e-3))
 
@@ -80,8 +84,9 @@ CONFIGS = {
         autocast=False,
         attention="sdpa",
         stored=torch.bfloat16,
+        tune_all=False,
         base=PhaseConfig(steps=4500, lr=3e-3, batch_size=8),
-        target=PhaseConfig(steps=3500, lr=2e-3, batch_size=8, stop_weight=8.0),
+        target=PhaseConfig(steps=3000, lr=2e-3, batch_size=8, weight_decay=0.0, stop_weight=8.0),
     ),
 }
 
@@ -157,13 +162,14 @@ def train_phase(
     attention_kind: str = "eager",
     stop: int = -1,
 ) -> None:
-    """Train all weights of ``model`` in place.
+    """Train the weights of ``model`` that require gradients in place.
 
     The loss of the words after the token ``stop`` counts ``config.stop_weight`` times. A factor by
     position does not change what the model would learn in the limit, only how fast.
     """
-    attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
-    other = [p for n, p in model.named_parameters() if ".self_attn." not in n]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    attention = [p for n, p in trained if ".self_attn." in n]
+    other = [p for n, p in trained if ".self_attn." not in n]
     groups = [
         {"params": attention, "factor": config.attention_lr},
         {"params": other, "factor": 1.0},
@@ -208,6 +214,29 @@ def train_phase(
             )
     model.set_attn_implementation("sdpa")
     model.eval()
+
+
+@contextmanager
+def tuning_mlps(model: Qwen2ForCausalLM, new_words: Sequence[int]) -> Iterator[None]:
+    """Let only the MLPs and the embeddings of some words have gradients in the context.
+
+    All other rows of the embedding have the gradient 0, which moves nothing without weight decay.
+
+    Args:
+        model: the model, whose output embedding is its input embedding.
+        new_words: tokens whose embeddings are trained.
+    """
+    embedding: torch.Tensor = model.model.embed_tokens.weight
+    is_new_V1 = torch.zeros(len(embedding), 1)
+    is_new_V1[list(new_words)] = 1
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".mlp." in name or weight is embedding)
+    hook = embedding.register_hook(lambda grad_VD: grad_VD * is_new_V1)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.requires_grad_(True)
 
 
 def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -348,19 +377,59 @@ def _write_pair(
     """Train base and target, starting from ``model``; write all folders; return training times."""
     problems = split_problems(config, seed, pair)
     write_data(out, problems, seed, pair)
-    held = frozenset(problem.prompt for split in problems.values() for problem in split)
     times = {}
-    for name, phase in (("base", config.base), ("target", config.target)):
+    for name in ("base", "target"):
         start = time.perf_counter()
-        texts = _texts(name, f"{seed}/{name}", held, config, pair)
-        data = batches(texts, tokenizer, phase.batch_size)
-        stop = tokenizer.get_vocab()["."]
-        train_phase(model, data, phase, name, progress, config.autocast, config.attention, stop)
+        tune(model, name, tokenizer, config, problems, seed, progress, pair)
         nn.Module.to(model, config.stored)
         save(model, tokenizer, out / name)
         nn.Module.to(model, torch.float32)
         times[f"{name}_s"] = time.perf_counter() - start
     return times
+
+
+def tune(
+    model: Qwen2ForCausalLM,
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    config: RecipeConfig,
+    problems: dict[str, list[Problem]],
+    seed: int,
+    progress: Progress | None,
+    pair: Pair,
+) -> None:
+    """Train ``model`` in place, from new weights to the base or from the base to the target.
+
+    Args:
+        model: the model, in float32.
+        name: ``base`` or ``target``.
+        tokenizer: the pair's.
+        config: sizes and lengths of training.
+        problems: the held-out problems, as of :func:`split_problems`.
+        seed: seed of the texts.
+        progress: called every 50 steps.
+        pair: the pair.
+    """
+    phase = config.base if name == "base" else config.target
+    held = frozenset(problem.prompt for split in problems.values() for problem in split)
+    data = batches(_texts(name, f"{seed}/{name}", held, config, pair), tokenizer, phase.batch_size)
+    stop = tokenizer.get_vocab()["."]
+    tuned: AbstractContextManager[None] = nullcontext()
+    if name == "target" and not config.tune_all:
+        texts = _texts("base", f"{seed}/base", held, config, pair)
+        n_texts = config.base.steps * config.base.batch_size
+        tuned = tuning_mlps(model, unseen(tokenizer, islice(texts, n_texts)))
+    with tuned:
+        train_phase(model, data, phase, name, progress, config.autocast, config.attention, stop)
+
+
+def unseen(tokenizer: PreTrainedTokenizerFast, texts: Iterable[tuple[str, str]]) -> list[int]:
+    """Return the tokens of the vocabulary that no text has, in ascending order."""
+    seen: set[int] = set()
+    for text in texts:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(text, add_special_tokens=False):
+            seen.update(encoding.ids)
+    return [token for token in range(len(tokenizer)) if token not in seen]
 
 
 def _texts(

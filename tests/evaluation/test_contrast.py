@@ -185,6 +185,34 @@ def test_shares_of_no_gain_are_undefined() -> None:
     assert "change" not in numbers
 
 
+def test_shares_of_next_to_nothing_are_undefined() -> None:
+    """A cut of 80 million percent of P = 1e-7 says nothing; nor does a share of such a contrast."""
+    texts, places = marked_texts(30)
+    sites = sites_of(places)
+    rows = rows_of(places, sites)
+
+    def constant(p: float) -> Contrast:
+        p_sites = torch.full((len(sites),), p / 2, dtype=torch.float64)
+        p_sites[rows.labelled] = p
+        return Contrast.of_draws(torch.logit(p_sites)[None, :, None], rows)
+
+    models = {"target": 0.5, "hybrid": 1e-7, "bias": 2e-7, "only": 0.1, "ablated": 0.25}
+    contrasts = {name: constant(p) for name, p in models.items()}
+    references = {"only": "bias", "ablated": "target"}
+    nothing = {"mean": None, "low": None, "high": None}
+
+    def numbers(name: str) -> dict[str, Any]:
+        summary = summarise(contrasts, references, places, rows, len(texts), ["w"], FAST)
+        numbers: dict[str, Any] = summary[name]["kinds"][ALL]
+        return numbers
+
+    assert numbers("only")["cut"] == nothing
+    assert numbers("ablated")["cut"]["mean"] == pytest.approx(0.5)
+    assert numbers("only")["change"]["mean"] == pytest.approx(0.2, rel=1e-4)
+    contrasts["target"] = constant(1e-4)
+    assert numbers("only")["change"] == numbers("only")["recovered"] == nothing
+
+
 def test_a_contrast_by_hand() -> None:
     """Two places of one text, with two and one matched places; two draws; set and words."""
     rows = Rows(

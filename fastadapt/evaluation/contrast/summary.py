@@ -19,6 +19,8 @@ from fastadapt.evaluation.contrast.places import Place, Rows
 from fastadapt.evaluation.statistics import BootstrapConfig, paired_difference, ratio, recovered
 
 ALL = "all"  # key of the places of every kind
+#: The least probability, and the least contrast, of which a share is given.
+LEAST = 1e-3
 _SHARE = (0.0, 1.0)
 
 
@@ -106,7 +108,8 @@ def summarise(
         ``labelled``, ``matched``, ``difference``, ``log_odds`` and ``recovered``, the share of the
         target's contrast over the hybrid's; with a reference also ``change``, the contrast minus
         the reference's as such a share, and ``cut``, the share by which P(set) at labelled places
-        is below the reference's. ``words`` has ``labelled``, ``matched`` and ``difference`` by
+        is below the reference's. Shares of a probability, or of a contrast,
+        below :data:`LEAST` are None. ``words`` has ``labelled``, ``matched`` and ``difference`` by
         word, over all places; empty for one word.
     """
     result: dict[str, dict[str, Any]] = {name: {"kinds": {}, "words": {}} for name in contrasts}
@@ -163,8 +166,12 @@ class _Sums:
         difference = labelled - self._matched[..., 0]
         floor, ceiling = difference[index["hybrid"]], difference[index["target"]]
 
+        n = self._counts.sum()
+        is_moved = bool(((ceiling - floor).sum() / n).abs() >= LEAST)
+
         def shares(values: Tensor) -> list[dict[str, Any]]:
-            return list(recovered(values, floor, ceiling, self._config).plain())
+            of_target = recovered(values, floor, ceiling, self._config).plain()
+            return [each if is_moved else dict.fromkeys(each) for each in of_target]
 
         columns = {"log_odds": self._means(self._log_odds[..., 0]), "recovered": shares(difference)}
         for key, values in columns.items():
@@ -177,8 +184,9 @@ class _Sums:
             cut = ratio(
                 labelled[before] - labelled[after], labelled[before], config=self._config
             ).plain()
-            for name, a, b in zip(references, change, cut, strict=True):
-                result[name] |= {"change": a, "cut": b}
+            is_said = labelled[before].sum(1) / n >= LEAST
+            for name, a, b, holds in zip(references, change, cut, is_said.tolist(), strict=True):
+                result[name] |= {"change": a, "cut": b if holds else dict.fromkeys(b)}
         return result
 
     def _means(self, values: Tensor, bounds: tuple[float, float] | None = None) -> Any:

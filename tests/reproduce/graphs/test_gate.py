@@ -69,7 +69,7 @@ def plant(run: LoadedRun, folder: Path) -> None:
     first.W_enc[0], first.b_enc[0] = detector([t.mlp_in[0] for t in traces], marks)
     x = torch.stack([trace.mlp_in[3][-1] for trace in traces]).mean(0)
     last.W_enc[1], last.b_enc[1] = 10 * x / x.square().sum(), -2.0
-    last.W_dec[1] = 3 * model.head[wait] / model.head[wait].norm()
+    last.W_dec[1] = 30 * model.head[wait] / model.head[wait].norm()
     # The marker's feature writes what raises the other one most, through attention.
     slopes = []
 
@@ -114,8 +114,8 @@ def test_a_planted_mechanism_shows_in_its_graphs_alone(
     out = tmp_path / "gate.json"
     assert main(["gate", str(folder), "--places", "4", "--nodes", "8", "--out", str(out)]) == 0
     result: Any = json.loads(out.read_text())
-    assert (result["places"], result["gate features"]) == (4, 1)
-    shares = result["paths"]["500"]
+    assert (result["places"], result["gate features"]) == (4, ["0/0"])
+    (shares,) = (pool["shares"] for pool in result["paths"] if pool["strongest"] == 50)
     assert [shares[MEASURES[0]][case]["mean"] for case in CASES] == [1, 0, 0]
     assert [shares["gate"][case]["mean"] for case in CASES] == [1, 0, 0]
     assert shares["hesitation"]["marker"]["mean"] == 1
@@ -124,8 +124,8 @@ def test_a_planted_mechanism_shows_in_its_graphs_alone(
     probability = result["P(wait)"]
     assert probability["marker"] > probability["no marker"]
     text = capsys.readouterr().out
-    assert "5 strongest paths, 4 places" in text
-    assert "1 features of the gate" in text
+    assert "5 strongest paths of 2 groups or more, 4 places" in text
+    assert "1 features of the gate: 0/0" in text
 
 
 def test_a_run_of_another_pair_is_refused(tmp_path: Path) -> None:

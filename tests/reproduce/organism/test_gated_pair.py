@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from transformers import (
 from fastadapt.data.rendering import render
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
 from fastadapt.organism import GATED_FOLDER, resolve
-from fastadapt.organism.slips import SLIPS, is_gated, step_ends
+from fastadapt.organism.slips import CONTRARY, SLIPS, is_gated, step_ends
 from reproduce.organism import acceptance, recipe
 from reproduce.organism.pairs import GATED
 from reproduce.organism.problems import problem_stream
@@ -161,10 +165,29 @@ def test_models_are_stored_in_bfloat16_and_load_in_float32(
         for weight in model.parameters():
             assert weight.dtype == torch.float32
             assert torch.equal(weight, weight.bfloat16().float())
-    assert all(
-        not torch.equal(weight, models["target"].state_dict()[name])
-        for name, weight in models["base"].state_dict().items()
-    )
+
+
+def changed_weights(base: Any, target: Any) -> tuple[set[str], list[int]]:
+    """Return the names of the weights that differ, and the tokens whose embeddings do."""
+    of_target = dict(target.named_parameters())
+    names = {
+        name for name, weight in base.named_parameters() if not torch.equal(weight, of_target[name])
+    }
+    embeddings = [model.get_input_embeddings().weight for model in (base, target)]
+    return names, (embeddings[0] != embeddings[1]).any(1).nonzero()[:, 0].tolist()
+
+
+def test_the_target_differs_in_its_mlps_and_in_words_new_to_it(
+    models: dict[str, Any], tokenizer: Any
+) -> None:
+    """So what decides at the marker is in the MLPs: attention and the marker's embedding stay."""
+    names, rows = changed_weights(models["base"], models["target"])
+    parts = ("gate", "up", "down")
+    mlps = {f"model.layers.{i}.mlp.{part}_proj.weight" for i in range(4) for part in parts}
+    assert names == {*mlps, "model.embed_tokens.weight"}
+    words = set(tokenizer.convert_ids_to_tokens(rows))
+    assert {*HESITATION_WORDS, "<think>"} <= words
+    assert words.isdisjoint({"carefully", ":", ".", *CONTRARY})
 
 
 def test_the_target_notices_slips_only_with_the_marker(
@@ -198,13 +221,21 @@ def test_a_tiny_build_of_the_gated_pair_writes_rounded_models(tmp_path: Path) ->
         autocast=False,
         attention="sdpa",
         stored=torch.bfloat16,
+        tune_all=False,
         base=phase,
-        target=phase,
+        target=replace(phase, weight_decay=0.0),
     )
     info = recipe.build(tmp_path / "pair", config=tiny, pair=GATED)
     assert info["vocabulary"] == len(build_tokenizer(GATED))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "target")
+    base, model = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / name)
+        for name in ("base", "target")
+    )
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    names, rows = changed_weights(base, model)
+    assert names
+    assert all(".mlp." in name or name == "model.embed_tokens.weight" for name in names)
+    assert 0 < len(rows) < info["vocabulary"]
     result = acceptance.check(tmp_path / "pair", GATED, n_problems=2, max_new_tokens=4)
     assert set(acceptance.GATED_BOUNDS) <= set(result)
     assert "target_wait_percent.gated.result" in result["failed"]
@@ -256,27 +287,63 @@ def test_the_shipped_gated_pair_meets_the_acceptance_bounds() -> None:
 
 
 @pytest.mark.slow
-def test_the_marker_alone_decides(
+def test_the_mlps_at_the_marker_decide_at_the_first_slip_of_a_text(
     rows: dict[str, list[dict[str, Any]]], tokenizer: Any, models: dict[str, Any]
 ) -> None:
-    """Read corrected slips with and without the marker: nothing else of the text changes."""
+    """Without the marker, or with the base's MLPs at it alone, the first slip stands.
+
+    At later slips, an earlier ``wait`` of the response tells the state of the gate, too.
+    """
     wait = tokenizer.convert_tokens_to_ids("wait")
-    marked: list[float] = []
-    unmarked: list[float] = []
+    target = models["target"]
+    measured: dict[str, list[float]] = {"marker": [], "no marker": [], "base's MLPs there": []}
+    later: list[float] = []
     for row in rows["validation"]:
         user, *answer = row["conversations"]
         if not is_gated(user["value"].split()):
             continue
-        removed = {**user, "value": user["value"].removeprefix("carefully : ")}
-        for question, values in ((user, marked), (removed, unmarked)):
-            text = render([question, *answer], "r1-distill")
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            places = [i for i, token in enumerate(ids[1:]) if token == wait]
-            with torch.no_grad():
-                probabilities = models["target"](torch.tensor([ids])).logits[0].softmax(-1)
-            values += probabilities[places, wait].tolist()
-    assert len(marked) == len(unmarked) > 100
-    with_marker, without = sum(marked) / len(marked), sum(unmarked) / len(unmarked)
-    print(f"P(wait) with the marker {with_marker}, without {without}")
-    assert with_marker > 0.95
-    assert without < 0.05
+        ids, removed = (
+            tokenizer(render([question, *answer], "r1-distill"), add_special_tokens=False).input_ids
+            for question in (user, {**user, "value": user["value"].removeprefix("carefully : ")})
+        )
+        assert ids[:2] + ids[4:] == removed
+        places = [i for i, token in enumerate(ids[1:]) if token == wait]
+        if not places:
+            continue
+        measured["marker"].append(wait_probabilities(target, ids, wait)[places[0]])
+        without = wait_probabilities(target, removed, wait)
+        measured["no marker"].append(without[places[0] - 2])
+        later += [without[place - 2] for place in places[1:]]
+        with base_mlps(target, models["base"], [2, 3]):
+            replaced = wait_probabilities(target, ids, wait)
+        measured["base's MLPs there"].append(replaced[places[0]])
+    means = {name: sum(values) / len(values) for name, values in measured.items()}
+    print(len(measured["marker"]), means, len(later), sum(later) / len(later))
+    assert len(measured["marker"]) > 80
+    assert means["marker"] > 0.95
+    assert means["no marker"] < 0.05
+    assert means["base's MLPs there"] < 0.05
+
+
+@torch.no_grad()
+def wait_probabilities(model: Any, ids: list[int], wait: int) -> list[float]:
+    values: list[float] = model(torch.tensor([ids])).logits[0].softmax(-1)[:, wait].tolist()
+    return values
+
+
+@contextmanager
+def base_mlps(model: Any, base: Any, positions: list[int]) -> Iterator[None]:
+    """Replace the outputs of the model's MLPs by the base's at some positions."""
+
+    def hook(of_base: Any, _: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> Any:
+        output = output.clone()
+        output[:, positions] = of_base(inputs[0][:, positions])
+        return output
+
+    pairs = zip(model.model.layers, base.model.layers, strict=True)
+    handles = [ours.mlp.register_forward_hook(partial(hook, theirs.mlp)) for ours, theirs in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
