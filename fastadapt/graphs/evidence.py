@@ -184,7 +184,8 @@ def measure_evidence(
         batches: stores the effects as they are measured; those that it has are not measured again.
 
     Raises:
-        UserError: fewer than 3 features can reach the target, or their effects are all equal.
+        UserError: fewer than 3 features can reach the target, or their effects, or the predictions
+            of a predictor, are all equal.
     """
     config = config or EvidenceConfig()
     n, ranks_alone = leaves.n_ablated, trace.stream == "ranks"
@@ -199,13 +200,10 @@ def measure_evidence(
     samples, predictors = [], _predictors(trace, leaves, total, direct, draw)
     for name, chosen in (("strongest", order), ("random", drawn)):
         sample = chosen[: config.ablations]
+        for predictor, values in predictors.items():
+            _check_differ(f"predictions by {predictor}", values[sample], name)
         effects = ablations.effects([i[None] for i in sample])
-        if len(effects.unique()) < 2:
-            raise UserError(
-                f"evidence: expected ablations with different effects, got {float(effects[0]):g} "
-                f"for all {len(sample)} {name} ones; give more --evidence.ablations, or 0 for a "
-                "graph without ablations, with --overwrite"
-            )
+        _check_differ("effects", effects, name)
         samples.append(_sample(name, sample, effects, predictors, config, draw))
     strongest = order[: config.ablations]
     held = ablations.effects([i[None] for i in strongest], held=True)
@@ -215,6 +213,17 @@ def measure_evidence(
         _curve(ablations, order, draw),
         returned=1 - float((free * held.sign()).sum() / held.abs().sum()),
     )
+
+
+def _check_differ(what: str, values: Tensor, sample: str) -> None:
+    """Raise if all values are equal, so that no correlation with them is defined."""
+    if len(values.unique()) < 2:
+        value = float(values[0]) + 0.0  # no -0
+        raise UserError(
+            f"evidence: expected ablations with different {what}, got {value:g} for all "
+            f"{len(values)} {sample} ones; give more --evidence.ablations, or 0 for a graph "
+            "without ablations, with --overwrite"
+        )
 
 
 def _predictors(

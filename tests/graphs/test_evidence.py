@@ -200,7 +200,7 @@ def test_what_has_no_evidence(make_pair: Callable[..., Any]) -> None:
     for adapter in model.adapters:
         adapter.W_dec.data.zero_()
     trace = record(model, IDS)
-    with pytest.raises(UserError, match="different effects, got 0 for all 5 strongest ones"):
+    with pytest.raises(UserError, match="different predictions by graph, got 0 for all 5 "):
         measure_evidence(trace, Leaves(trace), contrast(trace, 7, 11, 6), EvidenceConfig(5))
     for settings in ({"ablations": 2}, {"copies": 0}, {"resamples": 10}):
         with pytest.raises(UserError, match=r"expected .* or more"):
