@@ -31,7 +31,7 @@ MOST_TOKENS = 2048  # enough to fill any device
 
 
 def repeats(s: Scale, times: int) -> Iterator[Row]:
-    """Check that ``times`` runs of forward and backward are bitwise equal on a filled device."""
+    """Check that ``times`` forward and backward runs at sizes that fill a GPU have equal bits."""
     T = min(s.T, MOST_TOKENS)
     inputs = transcoder_steps.make_inputs(T, s.d, s.F, L0, s.dtype, s.device, 0)
     names = ["relu"] if s.T < 100 else list(ACTIVATIONS)
