@@ -108,7 +108,7 @@ def _gate(options: argparse.Namespace) -> dict[str, Any]:
     for pool in result["paths"]:
         shares, least = pool["shares"], pool["groups"]
         rows = [[name, *(_interval(shares[name][case]) for case in CASES)] for name in MEASURES]
-        groups = "features" if least == 1 else f"{least} groups or more"
+        groups = "one group or more" if least == 1 else f"{least} groups or more"
         head = f"{pool['strongest']} strongest paths of {groups}, {result['places']} places"
         print_table([head, *CASES], rows)
         print()

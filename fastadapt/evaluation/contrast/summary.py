@@ -167,7 +167,7 @@ class _Sums:
         floor, ceiling = difference[index["hybrid"]], difference[index["target"]]
 
         n = self._counts.sum()
-        is_moved = bool(((ceiling - floor).sum() / n).abs() >= LEAST)
+        is_moved = bool((ceiling - floor).sum() / n >= LEAST)
 
         def shares(values: Tensor) -> list[dict[str, Any]]:
             of_target = recovered(values, floor, ceiling, self._config).plain()
