@@ -416,6 +416,8 @@ def tune(
     stop = tokenizer.get_vocab()["."]
     tuned: AbstractContextManager[None] = nullcontext()
     if name == "target" and not config.tune_all:
+        if phase.weight_decay:
+            raise ValueError("weight_decay: expected 0 where other weights stay as they are")
         texts = _texts("base", f"{seed}/base", held, config, pair)
         n_texts = config.base.steps * config.base.batch_size
         tuned = tuning_mlps(model, unseen(tokenizer, islice(texts, n_texts)))
@@ -424,7 +426,10 @@ def tune(
 
 
 def unseen(tokenizer: PreTrainedTokenizerFast, texts: Iterable[tuple[str, str]]) -> list[int]:
-    """Return the tokens of the vocabulary that no text has, in ascending order."""
+    """Return the tokens of the vocabulary that none of the texts has, in ascending order.
+
+    The order of batches is shuffled, so the last texts that training reads may be others.
+    """
     seen: set[int] = set()
     for text in texts:
         for encoding in tokenizer.backend_tokenizer.encode_batch(text, add_special_tokens=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,20 @@ from fastadapt.effects.run import LoadedRun, load_run
 from fastadapt.errors import UserError
 from fastadapt.features.collect import collect
 from fastadapt.features.collect.config import CollectConfig
-from fastadapt.graphs.attribution import Target, cotangents_of
+from fastadapt.graphs.attribution import KINDS, Target, cotangents_of
 from fastadapt.graphs.linear.backward import BlockGradients, walk
 from fastadapt.graphs.linear.trace import record
 from fastadapt.graphs.linear.units import MLP_OUT
 from reproduce.graphs.__main__ import main
-from reproduce.graphs.gate import CASES, MEASURES, Gated, gate_features, gated_places
+from reproduce.graphs.gate import (
+    CASES,
+    MEASURES,
+    Gated,
+    gate_features,
+    gated_places,
+    group_paths,
+    passes,
+)
 
 GATE, HESITATION = (0, 0), (3, 1)
 
@@ -102,6 +111,41 @@ def test_places_are_slips_that_the_marker_corrects(folder: Path) -> None:
 
 def test_the_text_without_its_marker() -> None:
     assert Gated([0, 1, 7, 8, 2], 2).unmarked == [0, 1, 2]
+
+
+def test_paths_of_groups_by_hand() -> None:
+    """Leaves 0, 1: hesitation; 2: the gate; 3: alone, not expanded; 4: a token."""
+    kinds = [KINDS.index("feature")] * 4 + [KINDS.index("token")]
+    leaves = SimpleNamespace(
+        kind=torch.tensor(kinds),
+        layer=torch.tensor([3, 2, 0, 1, -1]),
+        feature=torch.tensor([7, 8, 9, 5, -1]),
+    )
+
+    def row(shares: dict[int, float]) -> Any:
+        values = torch.tensor(list(shares.values()), dtype=torch.float64)
+        return SimpleNamespace(
+            sources=torch.tensor(list(shares)), shares=values.abs(), weights=values
+        )
+
+    graph: Any = SimpleNamespace(
+        leaves=leaves,
+        rows=[
+            row({0: 0.5, 1: -0.25, 4: 0.25}),
+            row({1: 0.5, 2: 0.25, 3: -0.25}),
+            row({2: 0.5, 4: 0.5}),
+            row({4: 1.0, 3: 1e-6}),
+        ],
+        expanded={0: 1, 1: 2, 2: 3},
+    )
+    groups = {(3, 7): "hesitation", (2, 8): "hesitation", (0, 9): "carefully"}
+    # Gate: 0.5 (0.5 x 0.5 + 0.25) - 0.25 x 0.5. Hesitation alone: 0.5 x 0.5 x 0.5 - 0.25 x 0.5.
+    expected = {("hesitation", "carefully"): 0.125, ("hesitation", (1, 5)): -0.125}
+    paths = group_paths(graph, groups)
+    strengths = {path: strength for strength, path in paths if strength}
+    assert strengths == expected
+    assert passes(paths)[0] == [True, True, True]
+    assert passes([(-strength, path) for strength, path in paths])[0] == [False, True, False]
 
 
 def test_a_planted_mechanism_shows_in_its_graphs_alone(
